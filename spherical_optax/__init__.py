@@ -1,0 +1,75 @@
+"""Optimise weights on spheres: composable Optax transformations, selected by parameter path."""
+
+from importlib.metadata import version as _version
+
+from spherical_optax._adam import (
+    ScaleByAdamGState,
+    ScaleByAdamSRTState,
+    ScaleByAdamSState,
+    adam_g,
+    adam_s,
+    adam_srt,
+    scale_by_adam_g,
+    scale_by_adam_s,
+    scale_by_adam_srt,
+)
+from spherical_optax._constraints import (
+    ReprojectToSphereState,
+    normalize_per_group,
+    project_to_tangent_space,
+    reproject_to_sphere,
+)
+from spherical_optax._geometry import (
+    angle,
+    exp_map,
+    parallel_transport,
+    project_to_tangent,
+    retract,
+)
+from spherical_optax._groups import (
+    group_inner,
+    group_norm,
+)
+from spherical_optax._momentum import (
+    TraceRTState,
+    sgd_mrt,
+    trace_rt,
+)
+from spherical_optax._selection import (
+    by_path,
+    describe,
+    path_labels,
+    path_mask,
+)
+
+__version__ = _version("spherical-optax")
+
+__all__ = [
+    "ReprojectToSphereState",
+    "ScaleByAdamGState",
+    "ScaleByAdamSRTState",
+    "ScaleByAdamSState",
+    "TraceRTState",
+    "adam_g",
+    "adam_s",
+    "adam_srt",
+    "angle",
+    "by_path",
+    "describe",
+    "exp_map",
+    "group_inner",
+    "group_norm",
+    "normalize_per_group",
+    "parallel_transport",
+    "path_labels",
+    "path_mask",
+    "project_to_tangent",
+    "project_to_tangent_space",
+    "reproject_to_sphere",
+    "retract",
+    "scale_by_adam_g",
+    "scale_by_adam_s",
+    "scale_by_adam_srt",
+    "sgd_mrt",
+    "trace_rt",
+]

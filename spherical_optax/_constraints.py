@@ -1,0 +1,176 @@
+"""Links that keep updates or parameters where they belong on a sphere.
+
+They concern spherical leaves only: updates of classic leaves, groups of one element included, and
+of groups of zeros pass unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from spherical_optax._geometry import tangent, to_radius
+from spherical_optax._groups import divide_or, norm, widen
+from spherical_optax._selection import ChannelAxes, map_leaves, map_selected, need_params, select
+
+
+def project_to_tangent_space(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
+    """Removes from each group of the updates its radial part at the parameters.
+
+        u <- u - (<u, x>/|x|²) x
+
+    Place it behind a preconditioner whose radial part changes the radius but not the loss, or
+    first in a chain to project the gradients. The step still leaves the sphere at second order:
+    `reproject_to_sphere` removes that.
+
+    Args:
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+
+    Returns:
+      A gradient transformation without state.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.project_to_tangent_space(channel_axes=())
+    >>> x = jnp.array([2.0, 0.0])
+    >>> tx.update(jnp.array([5.0, 1.0]), tx.init(x), x)[0]
+    Array([0., 1.], dtype=float32)
+    """
+
+    def init_fn(params):
+        select(params, channel_axes)  # raises if it does not fit
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None):
+        def leaf(axes, u, x):
+            return (tangent(widen(x), widen(u), axes).astype(u.dtype) if axes else u,)
+
+        params = need_params(params, "project_to_tangent_space")
+        (updates,) = map_leaves(leaf, channel_axes, updates, params=params)
+        return updates, state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class ReprojectToSphereState(NamedTuple):
+    """State of `reproject_to_sphere`."""
+
+    radius: optax.Params  # float32 at least, one number per group; a scalar 0 for classic leaves
+
+
+def reproject_to_sphere(
+    radius: ArrayLike | None = None, *, channel_axes: ChannelAxes
+) -> optax.GradientTransformation:
+    """Puts the point that the updates lead to on its sphere.
+
+        y = x + u        u <- radius y/|y| - x
+
+    Place it last in a chain, after the learning rate: what would follow changes x + u again. The
+    radius is stored at init, not measured anew at each step, as rounding would make it drift.
+
+    Args:
+      radius: positive radius of every sphere; `None` keeps the one that each group has at init. A
+        group that is zero then has none, and moves freely.
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: `radius` is not positive and finite, or `update` is called without the
+        parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, optax, spherical_optax as so
+    >>> tx = optax.chain(optax.sgd(0.1), so.reproject_to_sphere(channel_axes=()))
+    >>> x = jnp.array([3.0, 4.0])
+    >>> updates, _ = tx.update(jnp.array([7.0, -8.0]), tx.init(x), x)
+    >>> so.group_norm(optax.apply_updates(x, updates), channel_axes=())
+    Array([5.], dtype=float32)
+    """
+    if isinstance(radius, int | float) and not 0 < radius < math.inf:
+        raise ValueError(f"radius={radius!r} is not a positive finite number")
+
+    def init_fn(params):
+        def stored(leaf) -> Any:
+            return norm(widen(leaf.value), leaf.axes) if leaf.axes else jnp.zeros([], jnp.float32)
+
+        radii = map_selected(stored, channel_axes, params)
+        return ReprojectToSphereState(radii) if radius is None else optax.EmptyState()
+
+    def update_fn(updates, state, params=None):
+        def leaf(axes, u, x, target):
+            if not axes:
+                return u
+            wide = widen(x)
+            return (to_radius(wide + widen(u), target, axes) - wide).astype(u.dtype)
+
+        params = need_params(params, "reproject_to_sphere")
+        if radius is not None:
+            (updates,) = map_leaves(
+                lambda axes, u, x: (leaf(axes, u, x, radius),),
+                channel_axes,
+                updates,
+                params=params,
+            )
+            return updates, state
+        updates, radii = map_leaves(
+            lambda axes, u, r, x: (leaf(axes, u, x, r), r),
+            channel_axes,
+            updates,
+            state.radius,
+            params=params,
+        )
+        return updates, ReprojectToSphereState(radii)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def normalize_per_group(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
+    """Gives each group of the updates norm 1.
+
+        u <- u/|u|
+
+    A group of zeros stays zero.
+
+    Args:
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+
+    Returns:
+      A gradient transformation without state, which does not need the parameters.
+
+    Raises:
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.normalize_per_group(channel_axes=-1)
+    >>> grads = jnp.array([[3.0, 0.0], [4.0, 0.0]])
+    >>> tx.update(grads, tx.init(grads))[0]
+    Array([[0.6, 0. ],
+           [0.8, 0. ]], dtype=float32)
+    """
+
+    def init_fn(params):
+        select(params, channel_axes)  # raises if it does not fit
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None):
+        del params
+
+        def leaf(axes, u):
+            if not axes:
+                return (u,)
+            wide = widen(u)
+            return (divide_or(wide, norm(wide, axes), 0.0).astype(u.dtype),)
+
+        (updates,) = map_leaves(leaf, channel_axes, updates)
+        return updates, state
+
+    return optax.GradientTransformation(init_fn, update_fn)

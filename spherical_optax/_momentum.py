@@ -1,0 +1,127 @@
+"""SGD-MRT: momentum that follows the point over its sphere."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from spherical_optax._geometry import Transport, check_transport, transport_momentum
+from spherical_optax._groups import widen
+from spherical_optax._selection import ChannelAxes, map_leaves, need_params, select
+
+
+class TraceRTState(NamedTuple):
+    """State of `trace_rt`."""
+
+    trace: optax.Updates  # as the parameters, or in accumulator_dtype
+
+
+def trace_rt(
+    decay: ArrayLike,
+    *,
+    dampening: ArrayLike = 0.0,
+    channel_axes: ChannelAxes,
+    transport: Transport = "rescale",
+    accumulator_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """`optax.trace` whose buffer is rescaled and transported to each new point; see `sgd_mrt`.
+
+    Place it where `optax.trace` would stand. What `scale_by_adam_srt` says of steps that are not
+    collinear with the momentum, and of links that rescale the point, holds here as well.
+
+    Args:
+      decay: decay of the buffer, in [0, 1).
+      dampening: share of each gradient that is left out, in [0, 1]; the first one's too.
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+      transport: "rescale" projects the buffer on the tangent space at x; "isometric" also keeps
+        its length; "none" leaves it.
+      accumulator_dtype: dtype of the stored buffer; by default that of the parameters.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: `transport` is unknown, or `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.trace_rt(0.5, channel_axes=())
+    >>> x = jnp.array([2.0, 0.0])
+    >>> _, state = tx.update(jnp.array([6.0, 4.0]), tx.init(x), x)
+    >>> tx.update(jnp.zeros(2), state, x)[0]  # the radial part of the buffer is gone
+    Array([0., 2.], dtype=float32)
+    """
+    check_transport(transport)
+
+    def init_fn(params):
+        select(params, channel_axes)  # raises if it does not fit
+        return TraceRTState(optax.tree.zeros_like(params, dtype=accumulator_dtype))
+
+    def update_fn(updates, state, params=None):
+        params = need_params(params, "trace_rt")
+
+        def leaf(axes, g, trace, x):
+            wide = widen(g)
+            buffer = transport_momentum(widen(x), widen(trace), axes, transport)
+            buffer = (
+                jnp.asarray(1 - dampening, wide.dtype) * wide
+                + jnp.asarray(decay, wide.dtype) * buffer
+            )
+            return buffer.astype(g.dtype), buffer.astype(trace.dtype)
+
+        updates, trace = map_leaves(leaf, channel_axes, updates, state.trace, params=params)
+        return updates, TraceRTState(trace)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def sgd_mrt(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: ArrayLike = 0.9,
+    *,
+    dampening: ArrayLike = 0.0,
+    weight_decay: ArrayLike = 0.0,
+    channel_axes: ChannelAxes,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD-MRT: SGD whose momentum is rescaled and transported to each new point.
+
+        g <- g + weight_decay x
+        m <- momentum m + (1 - dampening) g
+        y = x - learning_rate m
+        m <- (<x, y> m - <m, y> x) / |y|²                       per group
+        x <- y
+
+    The fourth line is the projection of m on the tangent space at y, and is taken when the next
+    update shows y (see `adam_srt`). Classic leaves take `optax.sgd`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      momentum: decay of the buffer, in [0, 1).
+      dampening: share of each gradient that is left out, in [0, 1]; the first one's too.
+      weight_decay: coupled L2, on every leaf; not negative.
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    Source: Roburin et al., *Spherical Perspective on Learning with Normalization Layers*
+    (arXiv 2006.13382), section 5.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.sgd_mrt(0.1, channel_axes=())
+    >>> x = jnp.array([2.0, 0.0])
+    >>> tx.update(jnp.array([0.0, 1.0]), tx.init(x), x)[0]
+    Array([-0. , -0.1], dtype=float32)
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        trace_rt(momentum, dampening=dampening, channel_axes=channel_axes),
+        optax.scale_by_learning_rate(learning_rate),
+    )
