@@ -29,7 +29,7 @@ from spherical_optax._selection import (
 class ScaleByAdamSState(NamedTuple):
     """State of `scale_by_adam_s`."""
 
-    count: jax.Array  # int32 []
+    count: ArrayLike  # int32 []
     mu: optax.Updates  # as the parameters, or in mu_dtype
     nu: optax.Updates  # float32 at least, one number per group: the summed axes have size 1
 
@@ -92,7 +92,7 @@ def adam_s(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     *,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     channel_axes: ChannelAxes,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -113,7 +113,7 @@ def adam_s(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, divided by sqrt(d).
-      weight_decay: coupled L2, on every leaf; not negative.
+      weight_decay: coupled L2, on every leaf: a number or a schedule, not negative.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
@@ -145,7 +145,7 @@ def adam_s(
 class ScaleByAdamSRTState(NamedTuple):
     """State of `scale_by_adam_srt`."""
 
-    count: jax.Array  # int32 []
+    count: ArrayLike  # int32 []
     mu: optax.Updates  # as the parameters, or in mu_dtype
     nu: optax.Updates  # float32 at least, one number per group: the summed axes have size 1
     sq_norm: optax.Updates  # like nu: |x|² at the last update; a scalar 0 for classic leaves
@@ -242,7 +242,7 @@ def adam_srt(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     *,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     channel_axes: ChannelAxes,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -263,7 +263,7 @@ def adam_srt(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, divided by sqrt(d).
-      weight_decay: coupled L2, on every leaf; not negative.
+      weight_decay: coupled L2, on every leaf: a number or a schedule, not negative.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
@@ -294,7 +294,7 @@ def adam_srt(
 class ScaleByAdamGState(NamedTuple):
     """State of `scale_by_adam_g`."""
 
-    count: jax.Array  # int32 []
+    count: ArrayLike  # int32 []
     mu: optax.Updates  # as the parameters, or in mu_dtype
     nu: optax.Updates  # float32 at least, one number per group: the summed axes have size 1
 
@@ -371,7 +371,7 @@ def adam_g(
     b2: ArrayLike = 0.99,
     eps: ArrayLike = 1e-8,
     *,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     channel_axes: ChannelAxes,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -393,8 +393,8 @@ def adam_g(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment.
-      weight_decay: coupled L2 on the classic leaves; not negative. On a sphere it has no effect,
-        and none is applied.
+      weight_decay: coupled L2 on the classic leaves: a number or a schedule, not negative. The
+        spherical ones, whose radius is fixed, take none.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
@@ -439,7 +439,7 @@ def _adam_step(
     g: jax.Array,
     mu: jax.Array,
     nu: jax.Array,
-    count: jax.Array,
+    count: ArrayLike,
     b1: ArrayLike,
     b2: ArrayLike,
     eps: ArrayLike,
@@ -468,7 +468,7 @@ def _average(new: jax.Array, old: jax.Array, decay: ArrayLike) -> jax.Array:
     return jnp.asarray(1 - decay, new.dtype) * new + jnp.asarray(decay, new.dtype) * old
 
 
-def _debias(moment: jax.Array, decay: ArrayLike, count: jax.Array) -> jax.Array:
+def _debias(moment: jax.Array, decay: ArrayLike, count: ArrayLike) -> jax.Array:
     dtype = jnp.result_type(float)  # float64 where float64 arrays are possible
-    correction = 1 - jnp.asarray(decay, dtype) ** count.astype(dtype)
+    correction = 1 - jnp.asarray(decay, dtype) ** jnp.asarray(count, dtype)
     return moment / correction.astype(moment.dtype)

@@ -83,7 +83,7 @@ def sgd_mrt(
     momentum: ArrayLike = 0.9,
     *,
     dampening: ArrayLike = 0.0,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     channel_axes: ChannelAxes,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD-MRT: SGD whose momentum is rescaled and transported to each new point.
@@ -101,7 +101,7 @@ def sgd_mrt(
       learning_rate: a number or a schedule.
       momentum: decay of the buffer, in [0, 1).
       dampening: share of each gradient that is left out, in [0, 1]; the first one's too.
-      weight_decay: coupled L2, on every leaf; not negative.
+      weight_decay: coupled L2, on every leaf: a number or a schedule, not negative.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
 
     Returns:

@@ -1,0 +1,111 @@
+"""The optimizers in NumPy and float64, from the equations of their papers.
+
+Groups are the rows of a matrix [groups, d]. Transport happens right after each step, with the old
+and the new point at hand, as the papers write it and the library does not do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+
+def rows(x: np.ndarray, channel_axes: int | tuple[int, ...] | None) -> np.ndarray:
+    """The groups of an array as rows, in the order of `channel_axes`' indices."""
+    if channel_axes is None:
+        return x.reshape(-1, 1)
+    axes = (channel_axes,) if isinstance(channel_axes, int) else channel_axes
+    kept = sorted(axis % x.ndim for axis in axes)
+    groups = int(np.prod([x.shape[axis] for axis in kept]))
+    return np.moveaxis(x, kept, range(len(kept))).reshape(groups, -1)
+
+
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.sum(a * b, axis=1, keepdims=True)
+
+
+def rescale_and_transport(m: np.ndarray, x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
+    """RT of Roburin et al.: (<x1, x2> m - <m, x2> x1) / |x2|²."""
+    return (dot(x1, x2) * m - dot(m, x2) * x1) / dot(x2, x2)
+
+
+def parallel_transport(m: np.ndarray, x1: np.ndarray, x2: np.ndarray) -> np.ndarray:
+    """Rotates m in the plane of x1 and x2 by the angle between them; the rest of m stays."""
+    u, w = x1 / np.sqrt(dot(x1, x1)), x2 / np.sqrt(dot(x2, x2))
+    cosine = dot(u, w)
+    side = w - cosine * u
+    sine = np.sqrt(dot(side, side))
+    side = side / sine
+    along, radial = dot(m, side), dot(m, u)
+    rest = m - along * side - radial * u
+    turned_side, turned_u = cosine * side - sine * u, cosine * u + sine * side
+    return rest + along * turned_side + radial * turned_u
+
+
+def adam(
+    x: np.ndarray,
+    grads: Iterable[np.ndarray],
+    learning_rate: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    transport: str = "none",
+) -> Iterator[np.ndarray]:
+    """AdamS ("none") and AdamSRT ("rescale"), a point after each gradient."""
+    d = x.shape[1]
+    m, v = np.zeros_like(x), np.zeros((len(x), 1))
+    for t, g in enumerate(grads, start=1):
+        g = g + weight_decay * x
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * dot(g, g) / d
+        old = x
+        x = x - learning_rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps / np.sqrt(d))
+        if transport == "rescale" and d > 1:
+            m = rescale_and_transport(m, old, x)
+            v = v * dot(old, old) / dot(x, x)
+        yield x
+
+
+def adam_g(
+    x: np.ndarray,
+    grads: Iterable[np.ndarray],
+    learning_rate: float,
+    b1: float,
+    b2: float,
+    eps: float,
+) -> Iterator[np.ndarray]:
+    """AdamG on spherical groups (d > 1)."""
+    m, v = np.zeros_like(x), np.zeros((len(x), 1))
+    for t, g in enumerate(grads, start=1):
+        radius = np.sqrt(dot(x, x))
+        g = radius * g
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * dot(g, g)
+        step = radius * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+        y = x - learning_rate * step
+        y = y / np.sqrt(dot(y, y))
+        m = parallel_transport(m, x, y)
+        x = y
+        yield x
+
+
+def sgd_mrt(
+    x: np.ndarray,
+    grads: Iterable[np.ndarray],
+    learning_rate: float,
+    momentum: float,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Iterator[np.ndarray]:
+    """SGD-MRT, a point after each gradient."""
+    m = np.zeros_like(x)
+    for g in grads:
+        g = g + weight_decay * x
+        m = momentum * m + (1 - dampening) * g
+        old = x
+        x = x - learning_rate * m
+        if x.shape[1] > 1:
+            m = rescale_and_transport(m, old, x)
+        yield x

@@ -1,0 +1,355 @@
+"""The optimizers against the oracle, Adam and SGD, and the symmetries of the sphere."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from absl.testing import parameterized
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from replay import replay
+
+import spherical_optax as so
+
+# Rounding of some tens of float64 operations, times the steps.
+ROUNDING = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def random_arrays(seed, *shape, steps):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=shape), rng.normal(size=(steps, *shape))
+
+
+def as_rows(trajectory, axes):
+    return np.stack([oracle.rows(np.asarray(x), axes) for x in trajectory])
+
+
+def assert_close(actual, expected, tolerance=ROUNDING):
+    assert np.max(np.abs(actual - expected)) <= tolerance * np.max(np.abs(expected))
+
+
+LAYOUTS = [((3, 3, 4, 5), -1), ((6, 5), ()), ((2, 7, 5), (0, -1)), ((4, 6, 2), (-2, -1))]
+
+
+@pytest.mark.parametrize("shape, axes", LAYOUTS)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
+@pytest.mark.parametrize("transport", ["none", "rescale"])
+def test_adam_s_and_adam_srt_are_the_oracle(shape, axes, weight_decay, transport):
+    x, grads = random_arrays(0, *shape, steps=30)
+    factory = {"none": so.adam_s, "rescale": so.adam_srt}[transport]
+    tx = factory(0.05, 0.8, 0.95, 1e-3, weight_decay=weight_decay, channel_axes=axes)
+    actual = replay(tx, jnp.asarray(x), jnp.asarray(grads))
+    expected = oracle.adam(
+        oracle.rows(x, axes),
+        [oracle.rows(grad, axes) for grad in grads],
+        *(0.05, 0.8, 0.95, 1e-3, weight_decay, transport),
+    )
+    assert_close(as_rows(actual, axes), list(expected))
+
+
+@pytest.mark.parametrize("shape, axes", LAYOUTS)
+@pytest.mark.parametrize("weight_decay, dampening", [(0.0, 0.0), (0.02, 0.3)])
+def test_sgd_mrt_is_the_oracle(shape, axes, weight_decay, dampening):
+    x, grads = random_arrays(1, *shape, steps=30)
+    tx = so.sgd_mrt(0.02, 0.9, dampening=dampening, weight_decay=weight_decay, channel_axes=axes)
+    actual = replay(tx, jnp.asarray(x), jnp.asarray(grads))
+    expected = oracle.sgd_mrt(
+        oracle.rows(x, axes),
+        [oracle.rows(grad, axes) for grad in grads],
+        *(0.02, 0.9, dampening, weight_decay),
+    )
+    assert_close(as_rows(actual, axes), list(expected))
+
+
+@pytest.mark.parametrize("shape, axes", LAYOUTS)
+def test_adam_g_is_the_oracle_for_tangent_gradients(shape, axes):
+    x, directions = random_arrays(2, *shape, steps=30)
+    tx = so.adam_g(0.03, 0.8, 0.95, 1e-3, channel_axes=axes)
+    # Gradients of radially invariant functions: tangent, and longer at a smaller radius.
+    grads = [
+        lambda x, v=v: so.project_to_tangent(x, v / so.group_norm(x, channel_axes=axes),
+                                             channel_axes=axes)
+        for v in jnp.asarray(directions)
+    ]  # fmt: skip
+    actual = replay(tx, jnp.asarray(x), grads)
+
+    def tangent_gradients():
+        point = oracle.rows(x, axes)
+        for i, v in enumerate(directions):
+            v = oracle.rows(v, axes) / np.sqrt(oracle.dot(point, point))
+            yield v - oracle.dot(v, point) / oracle.dot(point, point) * point
+            point = expected[i]
+
+    expected = []
+    for point in oracle.adam_g(oracle.rows(x, axes), tangent_gradients(), 0.03, 0.8, 0.95, 1e-3):
+        expected.append(point)
+    assert_close(as_rows(actual, axes), expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    data=st.data(),
+    learning_rate=st.floats(1e-4, 0.3),
+    b1=st.floats(0, 0.99),
+    b2=st.floats(0.1, 0.999),
+)
+def test_adam_srt_is_the_oracle_for_any_shape_and_axes(shape, data, learning_rate, b1, b2):
+    axes = tuple(data.draw(st.sets(st.integers(0, len(shape) - 1))))
+    x, grads = random_arrays(3, *shape, steps=6)
+    tx = so.adam_srt(learning_rate, b1, b2, 1e-3, channel_axes=axes)
+    with jax.enable_x64(True):
+        actual = replay(tx, jnp.asarray(x), jnp.asarray(grads), jax.jit)
+    expected = oracle.adam(
+        oracle.rows(x, axes),
+        [oracle.rows(grad, axes) for grad in grads],
+        *(learning_rate, b1, b2, 1e-3, 0.0, "rescale"),
+    )
+    # A long step may come near the origin, where RT divides by a small |x|².
+    assert_close(as_rows(actual, axes), list(expected), 1e-9)
+
+
+class LimitsTest(chex.TestCase):
+    """Groups of one element, and leaves that are left out, are Adam and SGD bit for bit."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(
+        name=["adam_s", "adam_srt", "adam_g", "sgd_mrt"],
+        axes=[None, (0, 1), (1, 0)],
+        dtype=["float32", "float64"],
+    )
+    def test_one_element_per_group_is_the_classic_optimizer(self, name, axes, dtype):
+        b2 = 0.99 if name == "adam_g" else 0.999
+        classic = optax.sgd(0.01, 0.9) if name == "sgd_mrt" else optax.adam(0.01, 0.9, b2)
+        x, grads = (a.astype(dtype) for a in random_arrays(4, 6, 5, steps=40))
+        for x64 in {dtype == "float64", True}:
+            with jax.enable_x64(x64):
+                args = jnp.asarray(x), jnp.asarray(grads)
+                ours = replay(getattr(so, name)(0.01, channel_axes=axes), *args, self.variant)
+                theirs = replay(classic, *args, self.variant)
+            np.testing.assert_array_equal(np.stack(ours), np.stack(theirs))
+
+
+OPTIMIZERS = {
+    "adam_s": partial(so.adam_s, 0.05, 0.8, 0.95),
+    "adam_srt": partial(so.adam_srt, 0.05, 0.8, 0.95),
+    "adam_g": partial(so.adam_g, 0.05, 0.8, 0.95),
+    "sgd_mrt": partial(so.sgd_mrt, 0.02),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_hwio_with_the_last_axis_is_oihw_with_the_first(name):
+    x, grads = random_arrays(5, 3, 3, 4, 5, steps=10)
+    hwio = replay(OPTIMIZERS[name](channel_axes=-1), jnp.asarray(x), jnp.asarray(grads))
+    oihw = replay(
+        OPTIMIZERS[name](channel_axes=0),
+        jnp.asarray(x.transpose(3, 2, 0, 1)),
+        jnp.asarray(grads.transpose(0, 4, 3, 1, 2)),
+    )
+    assert_close(np.stack(hwio).transpose(0, 4, 3, 1, 2), np.stack(oihw))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_groups_do_not_leak_into_each_other(name):
+    x, grads = random_arrays(6, 5, 4, steps=10)
+    tx = OPTIMIZERS[name](channel_axes=-1)
+    before = np.stack(replay(tx, jnp.asarray(x), jnp.asarray(grads)))
+    x[:, 2], grads[:, :, 2] = 7 * x[:, 2] - 1, 3 * grads[:, :, 2] + 2
+    after = np.stack(replay(tx, jnp.asarray(x), jnp.asarray(grads)))
+    others = [0, 1, 3]
+    np.testing.assert_array_equal(before[..., others], after[..., others])
+    assert np.all(np.any(before[..., 2] != after[..., 2], axis=1))
+
+
+def rotation_error(tx):
+    """Distance between a trajectory of rotated inputs and the rotated trajectory, relative."""
+    x, grads = random_arrays(7, 8, 3, steps=10)
+    rotation, _ = np.linalg.qr(np.random.default_rng(8).normal(size=(8, 8)))
+    plain = rotation @ np.stack(replay(tx, jnp.asarray(x), jnp.asarray(grads)))
+    rotated = np.stack(replay(tx, jnp.asarray(rotation @ x), jnp.asarray(rotation @ grads)))
+    return np.max(np.abs(plain - rotated)) / np.max(np.abs(plain))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_rotation_of_each_group_rotates_the_trajectory(name):
+    assert rotation_error(OPTIMIZERS[name](channel_axes=-1)) < ROUNDING
+
+
+def test_a_rotation_changes_the_trajectory_of_adam():
+    assert rotation_error(optax.adam(0.05, 0.8, 0.95)) > 0.01
+
+
+# The step of AdamS is a direction, that of SGD grows with the gradient, that of AdamG is an angle.
+@pytest.mark.parametrize(
+    "name, power", [("adam_s", 1), ("adam_srt", 1), ("sgd_mrt", 2), ("adam_g", 0)]
+)
+@pytest.mark.parametrize("a", [1e-3, 30.0])
+def test_directions_do_not_depend_on_the_scale(name, power, a):
+    x, grads = random_arrays(9, 3, 3, 2, 4, steps=20)
+    factory = getattr(so, name)
+    extra = {} if name == "sgd_mrt" else {"eps": 0.0}
+
+    # The gradient of a radially invariant function grows as the radius shrinks.
+    gradients = [lambda x, v=v: v / so.group_norm(x, channel_axes=-1) for v in jnp.asarray(grads)]
+
+    def directions(scale):
+        tx = factory(0.02 * scale**power, channel_axes=-1, **extra)
+        points = replay(tx, jnp.asarray(scale * x), gradients)
+        return np.stack([point / so.group_norm(point, channel_axes=-1) for point in points])
+
+    assert_close(directions(a), directions(1.0), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["scale_by_adam_srt", "scale_by_adam_g", "trace_rt"])
+@pytest.mark.parametrize("transport", ["rescale", "isometric"])
+def test_the_transported_momentum_is_tangent_where_it_arrives(name, transport):
+    x, grads = map(jnp.asarray, random_arrays(10, 3, 3, 2, 4, steps=5))
+    args = (0.9,) if name == "trace_rt" else ()
+    link = getattr(so, name)(*args, channel_axes=-1, transport=transport)
+    state = link.init(x)
+    for grad in grads:
+        updates, state = link.update(grad, state, x)
+        x = x - 0.1 * updates
+    # With a zero gradient the update is the transported momentum times a number per group.
+    updates, _ = link.update(jnp.zeros_like(x), state, x)
+    lengths = so.group_norm(updates, channel_axes=-1) * so.group_norm(x, channel_axes=-1)
+    assert np.all(np.asarray(lengths) > 1e-3)
+    assert np.max(np.abs(so.group_inner(updates, x, channel_axes=-1) / lengths)) < 1e-15
+
+
+@pytest.mark.parametrize("name", ["scale_by_adam_srt", "trace_rt"])
+def test_isometric_transport_keeps_the_length_of_the_momentum(name):
+    x, grads = map(jnp.asarray, random_arrays(11, 6, 4, steps=2))
+    args = (0.9,) if name == "trace_rt" else ()
+    link = getattr(so, name)(*args, channel_axes=-1, transport="isometric")
+    plain = getattr(so, name)(*args, channel_axes=-1, transport="none")
+    _, state = link.update(grads[0], link.init(x), x)
+    turned = x + 0.3 * grads[1]
+    norms = [
+        so.group_norm(tx.update(jnp.zeros_like(x), state, turned)[0], channel_axes=-1)
+        for tx in (link, plain)
+    ]
+    assert_close(*map(np.asarray, norms))
+
+
+def test_adam_srt_without_transport_is_adam_s():
+    x, grads = map(jnp.asarray, random_arrays(12, 6, 4, steps=10))
+    srt = optax.chain(so.scale_by_adam_srt(channel_axes=-1, transport="none"), optax.scale(-0.1))
+    s = optax.chain(so.scale_by_adam_s(channel_axes=-1), optax.scale(-0.1))
+    np.testing.assert_array_equal(replay(srt, x, grads), replay(s, x, grads))
+
+
+def test_isometric_adam_srt_behind_a_reprojection_is_the_published_formula():
+    # On a sphere of fixed radius RT is the parallel transport, and nu keeps its value.
+    x, grads = random_arrays(13, 6, 4, steps=10)
+    x /= np.linalg.norm(x, axis=0)
+    tx = optax.chain(
+        so.scale_by_adam_srt(0.8, 0.95, 1e-3, channel_axes=-1, transport="isometric"),
+        optax.scale_by_learning_rate(0.1),
+        so.reproject_to_sphere(channel_axes=-1),
+    )
+    gradients = [
+        lambda x, v=v: so.project_to_tangent(x, v, channel_axes=-1) for v in jnp.asarray(grads)
+    ]
+    actual = replay(tx, jnp.asarray(x), gradients)
+
+    point, m, v = x.T, np.zeros((4, 6)), np.zeros((4, 1))
+    for t, (grad, ours) in enumerate(zip(grads, actual, strict=True), start=1):
+        g = grad.T - oracle.dot(grad.T, point) * point
+        m = 0.8 * m + 0.2 * g
+        v = 0.95 * v + 0.05 * oracle.dot(g, g) / 6
+        step = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-3 / np.sqrt(6))
+        y = point - 0.1 * step
+        y /= np.sqrt(oracle.dot(y, y))
+        m = oracle.rescale_and_transport(m, point, y)
+        point = y
+        assert_close(np.asarray(ours).T, point)
+
+
+def test_adam_g_from_off_the_sphere_follows_the_projected_start():
+    x, directions = random_arrays(14, 5, 4, steps=15)
+    axes = {"channel_axes": -1}
+    grads = [
+        lambda x, v=v: so.project_to_tangent(x, v / so.group_norm(x, **axes), **axes)
+        for v in jnp.asarray(directions)
+    ]
+    tx = so.adam_g(0.1, weight_decay=0.1, **axes)
+    start = jnp.asarray(x) * jnp.array([1e-3, 0.5, 2.0, 1e4])
+    far = np.stack(replay(tx, start, grads))
+    near = np.stack(replay(tx, start / so.group_norm(start, **axes), grads))
+    assert_close(far, near, 1e-8)  # eps = 1e-8 is the only length in the formula
+    assert_close(np.linalg.norm(far, axis=1), np.ones((15, 4)))
+
+
+def test_adam_g_decays_classic_leaves_only():
+    params = {"conv": jnp.ones((9, 4)), "bias": jnp.ones(4)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    tx = so.adam_g(0.1, weight_decay=0.5, channel_axes=-1)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert_close(np.asarray(params["conv"] + updates["conv"]), np.full((9, 4), 1 / 3))
+    assert np.all(np.asarray(updates["bias"]) < -0.09)
+
+
+REBUILT = {
+    "adam_s": lambda axes: optax.chain(
+        optax.add_decayed_weights(0.01),
+        so.scale_by_adam_s(0.8, 0.95, 1e-6, channel_axes=axes),
+        optax.scale_by_learning_rate(0.05),
+    ),
+    "adam_srt": lambda axes: optax.chain(
+        optax.add_decayed_weights(0.01),
+        so.scale_by_adam_srt(0.8, 0.95, 1e-6, channel_axes=axes),
+        optax.scale_by_learning_rate(0.05),
+    ),
+    "adam_g": lambda axes: optax.chain(
+        optax.add_decayed_weights(0.01, mask=so.path_mask(axes, invert=True)),
+        so.scale_by_adam_g(0.8, 0.95, 1e-6, channel_axes=axes),
+        optax.scale_by_learning_rate(0.05),
+        so.reproject_to_sphere(1.0, channel_axes=axes),
+    ),
+    "sgd_mrt": lambda axes: optax.chain(
+        optax.add_decayed_weights(0.01),
+        so.trace_rt(0.8, dampening=0.2, channel_axes=axes),
+        optax.scale_by_learning_rate(0.05),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_each_optimizer_is_a_chain_of_public_links(name):
+    x, grads = random_arrays(15, 3, 3, 2, 4, steps=5)
+    axes = so.by_path({"conv": -1})
+    extra = {"dampening": 0.2} if name == "sgd_mrt" else {"b2": 0.95, "eps": 1e-6}
+    ready = getattr(so, name)(0.05, 0.8, weight_decay=0.01, channel_axes=axes, **extra)
+    params = {"conv": jnp.asarray(x), "head": jnp.asarray(x[0, 0])}
+    grads = [{"conv": jnp.asarray(grad), "head": jnp.asarray(grad[0, 0])} for grad in grads]
+    for ours, theirs in zip(
+        replay(ready, params, grads), replay(REBUILT[name](axes), params, grads), strict=True
+    ):
+        chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_a_schedule_is_followed_and_weight_decay_may_be_one():
+    x, grads = map(jnp.asarray, random_arrays(16, 6, 4, steps=4))
+    schedule = optax.piecewise_constant_schedule(0.1, {2: 0.1})
+    tx = so.adam_srt(schedule, weight_decay=lambda step: 0.01 * step, channel_axes=-1)
+    actual = replay(tx, x, grads)
+
+    link, state = so.scale_by_adam_srt(channel_axes=-1), None
+    for step, rate in enumerate([0.1, 0.1, 0.01, 0.01]):
+        state = link.init(x) if state is None else state
+        updates, state = link.update(grads[step] + 0.01 * step * x, state, x)
+        x = x - rate * updates
+        assert_close(np.asarray(actual[step]), np.asarray(x))
