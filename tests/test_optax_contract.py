@@ -1,0 +1,413 @@
+"""The Optax contract, for every link and optimizer of the library; one row each in CASES."""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import spherical_optax as so
+
+
+class Case(NamedTuple):
+    """A factory that takes `channel_axes`, and whether its update needs the parameters."""
+
+    factory: Callable[..., optax.GradientTransformation]
+    needs_params: bool = True
+
+
+CASES = {
+    "adam_g": Case(partial(so.adam_g, 0.1)),
+    "adam_s": Case(partial(so.adam_s, 0.1, weight_decay=0.01)),
+    "adam_srt": Case(partial(so.adam_srt, 0.1, weight_decay=0.01)),
+    "normalize_per_group": Case(so.normalize_per_group, needs_params=False),
+    "project_to_tangent_space": Case(so.project_to_tangent_space),
+    "reproject_to_sphere": Case(so.reproject_to_sphere),
+    "reproject_to_sphere_of_radius": Case(partial(so.reproject_to_sphere, 2.0)),
+    "scale_by_adam_g": Case(so.scale_by_adam_g),
+    "scale_by_adam_s": Case(so.scale_by_adam_s, needs_params=False),
+    "scale_by_adam_srt": Case(so.scale_by_adam_srt),
+    "scale_by_adam_srt_isometric": Case(partial(so.scale_by_adam_srt, transport="isometric")),
+    "sgd_mrt": Case(partial(so.sgd_mrt, 0.1, weight_decay=0.01)),
+    "trace_rt": Case(partial(so.trace_rt, 0.9)),
+}
+LINKS = [name for name in CASES if name not in ("adam_g", "adam_s", "adam_srt", "sgd_mrt")]
+AXES = so.by_path({"conv": -1, "stack": (0, -1)})
+
+every_case = pytest.mark.parametrize("name", CASES)
+with_params = pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.needs_params])
+
+
+def make(name: str, axes: Any = AXES) -> optax.GradientTransformation:
+    return CASES[name].factory(channel_axes=axes)
+
+
+def random_tree(seed: int, dtype: Any = jnp.float32) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "bias": (8,),
+        "conv": (3, 3, 4, 8),
+        "layers": {"stack": (2, 4, 8)},
+    }
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+PARAMS, GRADS = random_tree(0), [random_tree(seed) for seed in range(1, 5)]
+CLOSE = {"rtol": 2e-5, "atol": 1e-6}  # float32 sums in another order
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def run(tx: optax.GradientTransformation, params: Any = PARAMS, grads: Any = GRADS) -> Any:
+    """The parameters after the gradients, in one compiled scan."""
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def trajectory(params, grads):
+        return jax.lax.scan(step, (params, tx.init(params)), grads)[0][0]
+
+    return trajectory(params, stack(grads))
+
+
+@cache
+def run_alone(name: str) -> Any:
+    return run(make(name))
+
+
+@every_case
+def test_extra_arguments_are_accepted(name):
+    tx = optax.with_extra_args_support(make(name))
+    tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=1.0)
+
+
+HYPERPARAMETERS = {
+    "adam_g": {"learning_rate": 0.1},
+    "adam_s": {"learning_rate": 0.1, "weight_decay": 0.01},
+    "adam_srt": {"learning_rate": 0.1, "weight_decay": 0.01},
+    "normalize_per_group": {},
+    "project_to_tangent_space": {},
+    "reproject_to_sphere": {},
+    "scale_by_adam_g": {},
+    "scale_by_adam_s": {},
+    "scale_by_adam_srt": {},
+    "sgd_mrt": {"learning_rate": 0.1, "weight_decay": 0.01},
+    "trace_rt": {"decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", HYPERPARAMETERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_injected_hyperparameters_give_the_same_trajectory(name, dtype):
+    factory = getattr(so, name)
+    hyperparameters = HYPERPARAMETERS[name] | {"channel_axes": AXES}
+    static = {"channel_axes", "mu_dtype"} & set(factory.__code__.co_varnames)
+    injected = optax.inject_hyperparams(factory, static_args=static, hyperparam_dtype=jnp.float32)(
+        **hyperparameters
+    )
+    params = random_tree(0, dtype)
+    grads = [random_tree(seed, dtype) for seed in range(1, 5)]
+    plain = run(factory(**hyperparameters), params, grads)
+    # 1 - b2 is taken in float32 where b2 is a float32 array: 1e-3 has 1e-5 relative error then.
+    tolerance = {"rtol": 2e-4, "atol": 2e-5} if dtype == "float32" else {"rtol": 2e-2, "atol": 1e-2}
+    chex.assert_trees_all_close(run(injected, params, grads), plain, **tolerance)
+
+
+def test_an_injected_learning_rate_can_be_changed():
+    tx = optax.inject_hyperparams(
+        so.adam_srt, static_args=("channel_axes", "mu_dtype"), hyperparam_dtype=jnp.float32
+    )(learning_rate=0.1, channel_axes=AXES)
+    state = tx.init(PARAMS)
+    full, _ = tx.update(GRADS[0], state, PARAMS)
+    state.hyperparams["learning_rate"] = jnp.float32(0.05)
+    half, _ = tx.update(GRADS[0], state, PARAMS)
+    chex.assert_trees_all_close(half, jax.tree.map(lambda x: x / 2, full), rtol=1e-6)
+
+
+@every_case
+def test_accumulated_gradients_make_the_steps_of_their_means(name):
+    # MultiSteps shows the parameters of the step, and returns zeros in between.
+    multi = optax.MultiSteps(make(name), every_k_schedule=2)
+    params, state = PARAMS, multi.init(PARAMS)
+    for grad in GRADS:
+        updates, state = jax.jit(multi.update)(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    means = [
+        jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[:2]),
+        jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[2:]),
+    ]
+    chex.assert_trees_all_close(params, run(make(name), PARAMS, means), **CLOSE)
+
+
+@every_case
+def test_a_step_that_is_not_finite_is_skipped(name):
+    tx = optax.apply_if_finite(make(name), max_consecutive_errors=3)
+    bad = jax.tree.map(lambda x: x * jnp.nan, GRADS[0])
+    grads = [GRADS[0], bad, GRADS[1]]
+    chex.assert_trees_all_close(run(tx, PARAMS, grads), run(make(name), PARAMS, GRADS[:2]), **CLOSE)
+
+
+@every_case
+def test_masked(name):
+    # What masked hides keeps its raw gradient; the rest is as alone.
+    tx = optax.masked(make(name), so.path_mask(AXES))
+    out = run(tx)
+    alone = run_alone(name)
+    for leaf in ("conv", "layers"):
+        chex.assert_trees_all_close(out[leaf], alone[leaf], **CLOSE)
+    raw = PARAMS["bias"] + sum(grad["bias"] for grad in GRADS)
+    chex.assert_trees_all_close(out["bias"], raw, **CLOSE)
+
+
+@every_case
+@pytest.mark.parametrize("combine", [optax.partition, optax.multi_transform])
+def test_partition_by_path_labels(name, combine):
+    tx = combine({"spherical": make(name), "classic": optax.set_to_zero()}, so.path_labels(AXES))
+    out, alone = run(tx), run_alone(name)
+    for leaf in ("conv", "layers"):
+        chex.assert_trees_all_close(out[leaf], alone[leaf], **CLOSE)
+    chex.assert_trees_all_equal(out["bias"], PARAMS["bias"])
+
+
+def state_types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes_are_kept_and_the_state_is_stable(name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params, grads = random_tree(0, dtype), random_tree(1, dtype)
+        tx = make(name)
+        state = tx.init(params)
+        updates, after = jax.jit(tx.update)(grads, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+        assert state_types(after) == state_types(state)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
+
+        @jax.eval_shape  # raises where a branch or the carry changes type
+        def branches():
+            run(tx, params, [grads, grads])
+            return jax.lax.cond(
+                True, lambda: tx.update(grads, state, params), lambda: (grads, state)
+            )
+
+
+@pytest.mark.parametrize("name", ["adam_g", "adam_s", "adam_srt"])
+def test_mu_dtype(name):
+    tx = getattr(so, name)(0.1, channel_axes=AXES, mu_dtype=jnp.bfloat16)
+    mu = optax.tree.get(tx.init(PARAMS), "mu")
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(mu))
+    wide = run(getattr(so, name)(0.1, channel_axes=AXES))
+    chex.assert_trees_all_close(run(tx), wide, rtol=0.05, atol=0.02)  # 2^-8 relative in mu
+
+
+@every_case
+def test_seeds_can_be_vmapped(name):
+    tx = make(name)
+    seeds = [[random_tree(10 * seed + i) for i in range(3)] for seed in range(3)]
+    params, *grads = (
+        jax.tree.map(lambda *x: jnp.stack(x), *trees) for trees in zip(*seeds, strict=True)
+    )
+    state, update = jax.vmap(tx.init)(params), jax.jit(jax.vmap(tx.update))
+    for grad in grads:
+        updates, state = update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    alone = [run(tx, trees[0], trees[1:]) for trees in seeds]
+    chex.assert_trees_all_close(params, jax.tree.map(lambda *x: jnp.stack(x), *alone), **CLOSE)
+
+
+@every_case
+def test_buffers_can_be_donated(name):
+    tx = make(name)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.copy, PARAMS)
+    state = jax.tree.map(jnp.copy, tx.init(params))
+    for grads in GRADS:
+        params, state = step(params, state, grads)
+    chex.assert_trees_all_close(params, run_alone(name), **CLOSE)
+
+
+@every_case
+def test_the_state_can_be_shaped_without_computing(name):
+    tx = make(name)
+    shapes = jax.eval_shape(tx.init, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(PARAMS))
+
+
+@every_case
+def test_nothing_is_compiled_twice(name):
+    tx = make(name)
+    step = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    state = tx.init(PARAMS)
+    for grads in GRADS:
+        _, state = step(grads, state, PARAMS)
+    chex.clear_trace_counter()
+
+
+@every_case
+def test_sharded_parameters_give_the_same_trajectory(name):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    specs = {
+        "bias": PartitionSpec("model"),
+        "conv": PartitionSpec(None, None, "data", "model"),
+        "layers": {"stack": PartitionSpec("model", "data", None)},
+    }
+
+    def shard(tree):
+        return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
+
+    tx = make(name)
+    params = shard(PARAMS)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for grads in GRADS:
+        updates, state = update(shard(grads), state, params)
+        params = shard(optax.apply_updates(params, updates))
+    assert len(params["conv"].sharding.device_set) == 8
+    chex.assert_trees_all_close(jax.device_get(params), jax.device_get(run_alone(name)), **CLOSE)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_strict_dtype_promotion(name, dtype):
+    with jax.numpy_dtype_promotion("strict"):
+        params, grads = random_tree(0, dtype), random_tree(1, dtype)
+        tx = make(name)
+        jax.eval_shape(lambda: tx.update(grads, tx.init(params), params))
+
+
+@every_case
+def test_orbax_round_trip(name, tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    tx = make(name)
+    _, state = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", {"opt": state, "step": 1})
+    with ocp.StandardCheckpointer() as checkpointer:
+        target = {"opt": jax.eval_shape(tx.init, PARAMS), "step": 0}
+        restored = checkpointer.restore(tmp_path / "state", target)["opt"]
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal(
+        tx.update(GRADS[1], restored, PARAMS), tx.update(GRADS[1], state, PARAMS)
+    )
+
+
+@every_case
+def test_params_in_the_state_can_be_mapped(name):
+    tx = make(name)
+    state = tx.init(PARAMS)
+    doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+
+
+@with_params
+def test_missing_params_are_refused(name):
+    tx = make(name)
+    with pytest.raises(ValueError, match="params"):
+        tx.update(GRADS[0], tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("name", [n for n in LINKS if CASES[n].needs_params])
+def test_a_link_without_params_shows_the_call(name):
+    tx = make(name)
+    with pytest.raises(ValueError, match=r"tx.update\(grads, state, params\)"):
+        tx.update(GRADS[0], tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_another_structure_is_refused_with_the_path(name):
+    tx = make(name)
+    state = tx.init(PARAMS)
+    fewer = {key: value for key, value in PARAMS.items() if key != "conv"}
+    reshaped = PARAMS | {"bias": jnp.ones(4)}
+    if CASES[name].needs_params:
+        with pytest.raises(ValueError, match="^conv: in the updates but not .*the parameters"):
+            tx.update(GRADS[0], state, fewer)
+        with pytest.raises(ValueError, match=r"^bias: the update has shape \(8,\)"):
+            tx.update(GRADS[0], state, reshaped)
+    if jax.tree.leaves(state):
+        other = tx.init(PARAMS | {"extra": jnp.ones(3)})
+        with pytest.raises(ValueError, match="^extra: in the optimizer's state but not"):
+            tx.update(GRADS[0], other, PARAMS)
+
+
+@pytest.mark.parametrize("name", ["scale_by_adam_srt", "scale_by_adam_g", "trace_rt"])
+def test_an_unknown_transport_is_refused(name):
+    args = (0.9,) if name == "trace_rt" else ()
+    with pytest.raises(ValueError, match="'rt' is not one of 'rescale', 'isometric', 'none'"):
+        getattr(so, name)(*args, channel_axes=-1, transport="rt")
+
+
+def edge_trees(dtype):
+    """Zero groups, groups of one element, empty arrays, holes and scalars, all spherical."""
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    params = {
+        "zero_group": x * [1, 0, 1, 0],
+        "one_element": x[:1],
+        "all_zero": 0 * x,
+        "empty": x[:0],
+        "scalar": x[0, 0],
+        "vector": x[0],
+        "tiny": x * 1e-30,
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+    return params | {"none": None, "masked": optax.MaskedNode()}
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_edges_are_neither_errors_nor_nans(name, dtype):
+    start = edge_trees(dtype)
+    tx = make(name, -1)
+    update = jax.jit(tx.update)
+    for gradient in (0, 0.5):
+        params, state = start, tx.init(start)
+        grads = jax.tree.map(partial(jnp.full_like, fill_value=gradient), start)
+        for _ in range(3):
+            updates, state = update(grads, state, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+            params = optax.apply_updates(params, updates)
+        for leaf in jax.tree.leaves((params, state)):
+            assert jnp.all(jnp.isfinite(leaf)), leaf
+
+
+@pytest.mark.parametrize("name", ["adam_s", "adam_srt"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_without_gradient_and_eps_nothing_moves(name, dtype):
+    params = jax.tree.map(lambda x: x + 1, edge_trees(dtype))
+    tx = getattr(so, name)(0.1, eps=0.0, channel_axes=-1)
+    after = run(tx, params, [jax.tree.map(jnp.zeros_like, params)] * 3)
+    chex.assert_trees_all_equal(after, params)
+
+
+@every_case
+def test_a_missing_update_leaves_its_state_alone(name):
+    tx = make(name)
+    state = tx.init(PARAMS)
+    updates, after = tx.update(GRADS[0], state, PARAMS)
+    if name in LINKS:
+        partial_updates, partial_after = tx.update(GRADS[0] | {"conv": None}, state, PARAMS)
+        assert partial_updates["conv"] is None
+        chex.assert_trees_all_equal(partial_updates["bias"], updates["bias"])
+        assert jax.tree.structure(partial_after) == jax.tree.structure(after)
