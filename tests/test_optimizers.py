@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay import replay
 
+import oracle
 import spherical_optax as so
+from replay import replay
 
 # Rounding of some tens of float64 operations, times the steps.
 ROUNDING = 1e-12
