@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from oracle import dot, rows
-from oracle import parallel_transport as transported
 
 import spherical_optax as so
+from oracle import dot, rows
+from oracle import parallel_transport as transported
 
 LAYOUTS = [((3, 3, 4, 5), -1), ((6, 5), ()), ((2, 7, 5), (0, -1)), ((2, 3, 4), (1,))]
 # Rounding of the result in its dtype; sums run in float32 at least.

@@ -7,12 +7,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from absl.testing import parameterized
-from replay import replay
 
+import oracle
 import spherical_optax as so
+from replay import replay
 
 HERE = Path(__file__).parent / "goldens"
 CASES = {case["name"]: case for case in json.loads((HERE / "optimizers.json").read_text())}

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from cifar import recipes
 
 PUBLISHED = json.loads((Path(__file__).parent / "goldens" / "recipes.json").read_text())
@@ -75,27 +77,38 @@ def test_learning_rate_falls_at_the_milestones(epochs, steps, expected):
     for step in {0, *expected, *(m - 1 for m in expected), *(m + 1 for m in expected)}:
         passed = sum(step >= m for m in expected)
         # 1e-6: products of float32.
-        assert float(schedule(step)) == pytest.approx(0.1 * 0.1**passed, rel=1e-6)
+        assert np.asarray(schedule(step)) == pytest.approx(0.1 * 0.1**passed, rel=1e-6)
 
 
 RATE, DECAY = 0.01, 0.5
-PARAMS = {
+PARAMS: Any = {
     "conv1": {"kernel": np.random.default_rng(0).normal(size=(3, 3, 2, 4)).astype(np.float32)},
     "linear": {"kernel": np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32)},
 }
-GRADS = jax.tree.map(
+GRADS: Any = jax.tree.map(
     lambda p: np.random.default_rng(2).normal(size=p.shape).astype(np.float32), PARAMS
 )
 RECIPE = recipes.Recipe(learning_rate=99.0, weight_decay=DECAY, b1=0.9, b2=0.99, momentum=0.9)
 
 
-def first_updates(name, grads, weight_decay=DECAY):
-    tx = recipes.make_optimizer(name, RECIPE._replace(weight_decay=weight_decay), RATE)
-    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
-    return updates
+def run(
+    name: str,
+    grads: Any = GRADS,
+    *,
+    learning_rate: optax.ScalarOrSchedule = RATE,
+    weight_decay: float = 0.0,
+    steps: int = 1,
+) -> list[Any]:
+    """The updates of the first steps with constant gradients and parameters."""
+    tx = recipes.make_optimizer(name, RECIPE._replace(weight_decay=weight_decay), learning_rate)
+    state, history = tx.init(PARAMS), []
+    for _ in range(steps):
+        updates, state = tx.update(grads, state, PARAMS)
+        history.append(updates)
+    return history
 
 
-def cosines(a, b):
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of the angles between the output channels of two kernels."""
     a, b = (np.reshape(x, (-1, x.shape[-1])) for x in (a, b))
     return (a * b).sum(0) / np.linalg.norm(a, axis=0) / np.linalg.norm(b, axis=0)
@@ -103,14 +116,14 @@ def cosines(a, b):
 
 @pytest.mark.parametrize("name", ["adams", "adamsrt", "sgdmrt", "sgd"])
 def test_filters_step_along_their_gradient(name):
-    updates = first_updates(name, GRADS, weight_decay=0.0)
+    (updates,) = run(name)
     aligned = cosines(updates["conv1"]["kernel"], GRADS["conv1"]["kernel"])
     np.testing.assert_allclose(aligned, -1, atol=1e-5)  # float32
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "adams", "adamsrt", "adamg"])
 def test_the_linear_layer_is_treated_by_the_element(name):
-    updates = first_updates(name, GRADS, weight_decay=0.0)
+    (updates,) = run(name)
     # The first step of Adam is one learning rate long in every element, up to eps / |g|.
     want = -RATE * np.sign(GRADS["linear"]["kernel"])
     np.testing.assert_allclose(updates["linear"]["kernel"], want, rtol=1e-4)
@@ -119,14 +132,15 @@ def test_the_linear_layer_is_treated_by_the_element(name):
 
 
 def test_adamg_puts_filters_on_the_unit_sphere():
-    moved = optax.apply_updates(PARAMS, first_updates("adamg", GRADS))
+    (updates,) = run("adamg", weight_decay=DECAY)
+    moved: Any = optax.apply_updates(PARAMS, updates)
     norms = np.linalg.norm(np.reshape(moved["conv1"]["kernel"], (-1, 4)), axis=0)
     np.testing.assert_allclose(norms, 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", recipes.OPTIMIZERS)
 def test_weight_decay_is_coupled_except_in_adamw(name):
-    updates = first_updates(name, jax.tree.map(jnp.zeros_like, PARAMS))
+    (updates,) = run(name, jax.tree.map(jnp.zeros_like, PARAMS), weight_decay=DECAY)
     got = np.asarray(updates["linear"]["kernel"])
     # Coupled, the first moment is divided by its own root mean square, so its size does not matter.
     decayed = {"adamw": DECAY, "sgd": DECAY, "sgdmrt": DECAY}
@@ -137,20 +151,15 @@ def test_weight_decay_is_coupled_except_in_adamw(name):
 
 @pytest.mark.parametrize("name", ["sgd", "sgdmrt"])
 def test_momentum(name):
-    tx = recipes.make_optimizer(name, RECIPE._replace(weight_decay=0.0), RATE)
-    state = tx.init(PARAMS)
-    for _ in range(2):
-        updates, state = tx.update(GRADS, state, PARAMS)
+    _, updates = run(name, steps=2)
     want = -RATE * 1.9 * GRADS["linear"]["kernel"]
     np.testing.assert_allclose(updates["linear"]["kernel"], want, rtol=1e-5)
 
 
 def test_a_schedule_serves_as_learning_rate():
-    tx = recipes.make_optimizer("adamsrt", RECIPE, recipes.step_schedule(RATE, (1, 1, 1)))
-    state, sizes = tx.init(PARAMS), []
-    for _ in range(2):
-        updates, state = tx.update(GRADS, state, PARAMS)
-        sizes.append(np.abs(updates["linear"]["kernel"]).mean())
+    schedule = recipes.step_schedule(RATE, (1, 1, 1))
+    first, second = run("adamsrt", learning_rate=schedule, steps=2)
+    sizes = [np.abs(updates["linear"]["kernel"]).mean() for updates in (first, second)]
     assert sizes[1] / sizes[0] == pytest.approx(1e-3, rel=1e-3)
 
 

@@ -1,0 +1,1 @@
+"""The parts of train_cifar.py: data, models, recipes, training, report."""

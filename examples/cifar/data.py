@@ -1,0 +1,158 @@
+"""Image sets by name, held in memory as uint8, and what the jitted step does to a batch of them.
+
+`load` reads a set and splits off its validation images; `augment` and `normalise` are pure JAX.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cifar.sources import DataError, Split, read_digits, read_folder, read_tfds
+
+NAMES = ("digits", "cifar10", "cifar100", "svhn", "folder:PATH")
+
+
+Channels = tuple[float, float, float]
+
+
+class DataSet(NamedTuple):
+    """A whole set with the treatment of its images.
+
+    `mean` and `std` are per channel, of pixels / 255; `pad` (pixels) and `flip` are the
+    augmentation of training images.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    valid: Split
+    test: Split
+    mean: Channels
+    std: Channels
+    pad: int
+    flip: bool
+
+
+class _Published(NamedTuple):
+    """A set that TFDS provides, with the treatment that the published recipes give it."""
+
+    builder: str
+    mean: Channels
+    std: Channels
+    pad: int
+    flip: bool
+
+
+_PUBLISHED = {
+    "cifar10": _Published(
+        "cifar10", (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), pad=4, flip=True
+    ),
+    "cifar100": _Published(
+        "cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), pad=4, flip=True
+    ),
+    "svhn": _Published("svhn_cropped", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), pad=0, flip=False),
+}
+
+
+def load(name: str, *, data_dir: str, seed: int) -> DataSet:
+    """Reads a data set and splits off 5 % of its training images for validation.
+
+    Args:
+      name: one of `NAMES`; PATH is a directory, .zip or .tar[.gz|.bz2|.xz] with images in
+        train/CLASS/ and test/CLASS/.
+      data_dir: where TFDS keeps cifar10, cifar100 and svhn, which are downloaded there once
+        (svhn with its 1.2 GiB of extra images, which TFDS fetches too but we do not read).
+      seed: chooses the validation images, at least 0; the test images do not depend on it.
+
+    Returns:
+      The data set, in an order that depends on its content and the seed only.
+
+    Raises:
+      DataError: the data is missing, damaged, cannot be downloaded, or a package is missing.
+    """
+    try:
+        if name in _PUBLISHED:
+            builder, mean, std, pad, flip = _PUBLISHED[name]
+            classes, train, test = read_tfds(builder, Path(data_dir).expanduser())
+        elif name == "digits":
+            classes, train, test = read_digits()
+            (mean, std), pad, flip = _statistics(train.images), 4, False
+        elif name.startswith("folder:") and name != "folder:":
+            classes, train, test = read_folder(Path(name.removeprefix("folder:")).expanduser())
+            (mean, std), pad, flip = _statistics(train.images), 4, True
+        else:
+            raise DataError(f"There is no data set {name!r}; choose from {', '.join(NAMES)}.")
+    except ImportError as error:
+        raise DataError(
+            f"Data set {name} needs the Python package {error.name or error}; "
+            "install it with: pip install 'spherical-optax[examples]'"
+        ) from error
+    train, valid = _split_validation(name, train, seed)
+    return DataSet(name, classes, train, valid, test, mean, std, pad, flip)
+
+
+def augment(key: jax.Array, images: jax.Array, *, pad: int, flip: bool) -> jax.Array:
+    """Crops every image at random after padding it with black, and mirrors a random half.
+
+    Args:
+      key: a PRNG key.
+      images: uint8 [n, height, width, channels].
+      pad: black pixels on each side, so each image moves by -pad..pad pixels each way.
+      flip: whether to mirror left to right with probability 1/2.
+
+    Returns:
+      uint8 of the same shape; with `pad=0` and `flip=False` the images themselves.
+    """
+    crop_key, flip_key = jax.random.split(key)
+    if pad:
+        offsets = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+        def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
+
+        images = jax.vmap(crop)(padded, offsets)
+    if flip:
+        coins = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
+        images = jnp.where(coins, images[:, :, ::-1], images)
+    return images
+
+
+def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Returns (images / 255 - mean) / std in float32, for uint8 [..., 3] and 3 values each."""
+    scaled = images.astype(jnp.float32) / 255
+    return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def _split_validation(name: str, train: Split, seed: int) -> tuple[Split, Split]:
+    total = len(train.labels)
+    if total < 2:
+        raise DataError(
+            f"Data set {name} has {total} training image; it needs at least 2, "
+            "one to train on and one for validation."
+        )
+    chosen = np.zeros(total, bool)
+    chosen[np.random.default_rng(seed).permutation(total)[: max(1, total // 20)]] = True
+    return (
+        Split(train.images[~chosen], train.labels[~chosen]),
+        Split(train.images[chosen], train.labels[chosen]),
+    )
+
+
+def _statistics(images: np.ndarray) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of pixels / 255 per channel; 1 stands in for a zero std."""
+    total, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    for start in range(0, len(images), 1000):  # in parts: the squares need 4 times the memory
+        part = images[start : start + 1000]
+        total += part.sum(axis=(0, 1, 2), dtype=np.int64)
+        squares += np.square(part, dtype=np.uint32).sum(axis=(0, 1, 2), dtype=np.int64)
+    count = images[..., 0].size
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    red, green, blue = (mean / 255).tolist()
+    std_red, std_green, std_blue = np.where(std > 0, std / 255, 1.0).tolist()
+    return (red, green, blue), (std_red, std_green, std_blue)
