@@ -126,7 +126,7 @@ def adam_s(
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Roburin et al., *Spherical Perspective on Learning with Normalization Layers*
-    (arXiv 2006.13382), section 5.
+    (arXiv 2006.13382).
 
     >>> import jax.numpy as jnp, optax, spherical_optax as so
     >>> tx = so.adam_s(0.1, channel_axes=())
@@ -275,7 +275,7 @@ def adam_srt(
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Roburin et al., *Spherical Perspective on Learning with Normalization Layers*
-    (arXiv 2006.13382), section 5; the published code adds eps to |y|², which would break the
+    (arXiv 2006.13382); the published code adds eps to |y|², which would break the
     equivariance under rescaling and is left out here.
 
     >>> import jax, jax.numpy as jnp, optax, spherical_optax as so
@@ -405,7 +405,7 @@ def adam_g(
       ValueError: `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
-    Source: Cho & Lee, *Riemannian approach to batch normalization* (arXiv 1709.09603), algorithm
+    Source: Cho & Lee, *Riemannian approach to batch normalization* (arXiv 1709.09603),
     Adam-G, with a retraction for its exponential map and without its clipping.
 
     >>> import jax.numpy as jnp, optax, spherical_optax as so

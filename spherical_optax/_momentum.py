@@ -112,7 +112,7 @@ def sgd_mrt(
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Roburin et al., *Spherical Perspective on Learning with Normalization Layers*
-    (arXiv 2006.13382), section 5.
+    (arXiv 2006.13382).
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> tx = so.sgd_mrt(0.1, channel_axes=())

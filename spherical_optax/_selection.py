@@ -8,6 +8,7 @@ module. A selection is asked anew for each tree that it meets and compares names
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -136,9 +137,10 @@ def describe(params: optax.Params, channel_axes: ChannelAxes) -> str:
     for leaf in select(params, channel_axes):
         if leaf.skipped:
             continue
-        size = group_size(leaf.value.shape, leaf.axes)
-        groups = f"{leaf.value.size // size} × {size}" if leaf.axes else "classic"
-        rows.append((leaf.path, "×".join(map(str, leaf.value.shape)) or "scalar", groups))
+        shape = getattr(leaf.value, "shape", ())
+        size = group_size(shape, leaf.axes)
+        groups = f"{math.prod(shape) // size} × {size}" if leaf.axes else "classic"
+        rows.append((leaf.path, "×".join(map(str, shape)) or "scalar", groups))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
 

@@ -353,3 +353,14 @@ def test_a_schedule_is_followed_and_weight_decay_may_be_one():
         updates, state = link.update(grads[step] + 0.01 * step * x, state, x)
         x = x - rate * updates
         assert_close(np.asarray(actual[step]), np.asarray(x))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_group_of_zeros_is_not_frozen(name):
+    # It has no direction yet: no projection, and AdamG counts its radius as 1.
+    x, grads = random_arrays(17, 6, 3, steps=1)
+    x[:, 1] = 0
+    (after,) = replay(OPTIMIZERS[name](channel_axes=-1), jnp.asarray(x), jnp.asarray(grads))
+    step, grad = np.asarray(after)[:, 1], grads[0][:, 1]
+    cosine = step @ grad / np.linalg.norm(step) / np.linalg.norm(grad)
+    assert_close(cosine, -1.0)
