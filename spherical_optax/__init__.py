@@ -2,17 +2,9 @@
 
 from importlib.metadata import version as _version
 
-from spherical_optax._adam import (
-    ScaleByAdamGState,
-    ScaleByAdamSRTState,
-    ScaleByAdamSState,
-    adam_g,
-    adam_s,
-    adam_srt,
-    scale_by_adam_g,
-    scale_by_adam_s,
-    scale_by_adam_srt,
-)
+from spherical_optax._adam_g import adam_g, scale_by_adam_g
+from spherical_optax._adam_s import adam_s, scale_by_adam_s
+from spherical_optax._adam_srt import ScaleByAdamSRTState, adam_srt, scale_by_adam_srt
 from spherical_optax._constraints import (
     ReprojectToSphereState,
     normalize_per_group,
@@ -31,7 +23,6 @@ from spherical_optax._groups import (
     group_norm,
 )
 from spherical_optax._momentum import (
-    TraceRTState,
     sgd_mrt,
     trace_rt,
 )
@@ -46,10 +37,7 @@ __version__ = _version("spherical-optax")
 
 __all__ = [
     "ReprojectToSphereState",
-    "ScaleByAdamGState",
     "ScaleByAdamSRTState",
-    "ScaleByAdamSState",
-    "TraceRTState",
     "adam_g",
     "adam_s",
     "adam_srt",

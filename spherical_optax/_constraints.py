@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 
 from spherical_optax._geometry import tangent, to_radius
 from spherical_optax._groups import divide_or, norm, widen
-from spherical_optax._selection import ChannelAxes, map_leaves, map_selected, need_params, select
+from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._selection import ChannelAxes, map_selected, select
 
 
 def project_to_tangent_space(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:

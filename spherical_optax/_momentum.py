@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._geometry import Transport, check_transport, transport_momentum
 from spherical_optax._groups import widen
-from spherical_optax._selection import ChannelAxes, map_leaves, need_params, select
-
-
-class TraceRTState(NamedTuple):
-    """State of `trace_rt`."""
-
-    trace: optax.Updates  # as the parameters, or in accumulator_dtype
+from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._selection import ChannelAxes, select
 
 
 def trace_rt(
@@ -41,7 +34,7 @@ def trace_rt(
       accumulator_dtype: dtype of the stored buffer; by default that of the parameters.
 
     Returns:
-      A gradient transformation.
+      A gradient transformation whose state is an `optax.TraceState`.
 
     Raises:
       ValueError: `transport` is unknown, or `update` is called without the parameters.
@@ -58,7 +51,7 @@ def trace_rt(
 
     def init_fn(params):
         select(params, channel_axes)  # raises if it does not fit
-        return TraceRTState(optax.tree.zeros_like(params, dtype=accumulator_dtype))
+        return optax.TraceState(optax.tree.zeros_like(params, dtype=accumulator_dtype))
 
     def update_fn(updates, state, params=None):
         params = need_params(params, "trace_rt")
@@ -73,7 +66,7 @@ def trace_rt(
             return buffer.astype(g.dtype), buffer.astype(trace.dtype)
 
         updates, trace = map_leaves(leaf, channel_axes, updates, state.trace, params=params)
-        return updates, TraceRTState(trace)
+        return updates, optax.TraceState(trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -155,7 +155,7 @@ class Leaf(NamedTuple):
     @property
     def skipped(self) -> bool:
         """Whether nothing is here: `None`, or the place of a leaf that `optax.masked` hides."""
-        return _is_hole(self.value)
+        return is_hole(self.value)
 
 
 def select(tree: optax.Params, channel_axes: ChannelAxes) -> list[Leaf]:
@@ -165,7 +165,7 @@ def select(tree: optax.Params, channel_axes: ChannelAxes) -> list[Leaf]:
       ValueError: a rule of `by_path` is found in no path, or an axis is out of range.
       TypeError: a spherical leaf is not of a real floating dtype, or the axes are no axes.
     """
-    named = _named_leaves(tree)
+    named = named_leaves(tree)
     if isinstance(channel_axes, ByPath) and channel_axes.require_match and named:
         for pattern, _ in channel_axes.rules:
             if not any(re.search(pattern, path) for path, _ in named):
@@ -177,7 +177,7 @@ def select(tree: optax.Params, channel_axes: ChannelAxes) -> list[Leaf]:
                 )
     leaves = []
     for path, value in named:
-        if _is_hole(value) or not hasattr(value, "shape"):
+        if is_hole(value) or not hasattr(value, "shape"):
             leaves.append(Leaf(path, value, ()))
             continue
         wanted = channel_axes(path, value) if callable(channel_axes) else channel_axes
@@ -194,90 +194,27 @@ def select(tree: optax.Params, channel_axes: ChannelAxes) -> list[Leaf]:
     return leaves
 
 
-def map_leaves(
-    fn: Callable[..., tuple[Any, ...]],
-    channel_axes: ChannelAxes,
-    updates: optax.Updates,
-    *states: optax.Params,
-    params: optax.Params | None = None,
-) -> tuple[Any, ...]:
-    """Calls `fn(axes, update, *states, param)` for each leaf and returns the trees of its results.
-
-    `fn` returns the new update and the new states, in this order; `param` is left out if `params`
-    is None. Positions without an update stay as they are, with their states.
-
-    Raises:
-      ValueError: the trees differ; the message names the first such path.
-    """
-    leaves = select(updates, channel_axes)
-    trees = [*states] if params is None else [*states, params]
-    columns = [_aligned(leaves, tree, tree is params) for tree in trees]
-    results = [
-        (leaf.value, *(column[i] for column in columns[: len(states)]))
-        if leaf.skipped
-        else fn(leaf.axes, jnp.asarray(leaf.value), *(column[i] for column in columns))
-        for i, leaf in enumerate(leaves)
-    ]
-    return tuple(
-        jax.tree.unflatten(
-            jax.tree.structure(tree, is_leaf=_is_hole), [result[i] for result in results]
-        )
-        for i, tree in enumerate([updates, *states])
+def map_selected(
+    fn: Callable[[Leaf], Any], channel_axes: ChannelAxes, tree: optax.Params
+) -> optax.Params:
+    """Maps `fn` over the leaves of a tree; positions without a leaf stay as they are."""
+    leaves = select(tree, channel_axes)
+    structure = jax.tree.structure(tree, is_leaf=is_hole)
+    return jax.tree.unflatten(
+        structure, [leaf.value if leaf.skipped else fn(leaf) for leaf in leaves]
     )
 
 
-def need_params(params: optax.Params | None, link: str) -> optax.Params:
-    """Returns `params`; raises `ValueError` with the remedy if it is missing."""
-    if params is None:
-        raise ValueError(
-            f"{link} needs the current parameters: call tx.update(grads, state, params)"
-        )
-    return params
-
-
-def _aligned(leaves: list[Leaf], tree: Any, is_params: bool) -> list[Any]:
-    what = "the parameters" if is_params else "the optimizer's state"
-    named = _named_leaves(tree)
-    ours, theirs = [leaf.path for leaf in leaves], [path for path, _ in named]
-    if ours != theirs:
-        odd = next((path for path in ours if path not in theirs), None)
-        here, there = "the updates", what
-        if odd is None:
-            odd = next((path for path in theirs if path not in ours), theirs[0])
-            here, there = what, "the updates"
-        raise ValueError(
-            f"{odd}: in {here} but not at this place in {there}; pass updates, state and "
-            "parameters of the same tree, and make the state by tx.init(params)"
-        )
-    for leaf, (path, value) in zip(leaves, named, strict=True):
-        if leaf.skipped:
-            continue
-        if _is_hole(value):
-            raise ValueError(f"{path}: has an update but nothing in {what}")
-        shape, other = jnp.shape(leaf.value), jnp.shape(value)
-        fits = shape == other if is_params else _broadcasts(other, shape)
-        if not fits:
-            raise ValueError(
-                f"{path}: the update has shape {shape}, {what} {other}; pass updates, state and "
-                "parameters of the same tree, and make the state by tx.init(params)"
-            )
-    return [value for _, value in named]
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    return not shape or (
-        len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True))
-    )
-
-
-def _is_hole(x: Any) -> bool:
+def is_hole(x: Any) -> bool:
+    """Whether nothing is here: `None`, or the place of a leaf that `optax.masked` hides."""
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The paths and leaves of a tree, and its holes."""
     return [
         (_name(path), value)
-        for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_hole)
+        for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)
     ]
 
 
@@ -287,13 +224,3 @@ def _name(path: tuple[Any, ...]) -> str:
     if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def map_selected(
-    fn: Callable[[Leaf], Any], channel_axes: ChannelAxes, tree: optax.Params
-) -> optax.Params:
-    leaves = select(tree, channel_axes)
-    structure = jax.tree.structure(tree, is_leaf=_is_hole)
-    return jax.tree.unflatten(
-        structure, [leaf.value if leaf.skipped else fn(leaf) for leaf in leaves]
-    )

@@ -1,0 +1,137 @@
+"""AdamG: Adam on the unit sphere."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from spherical_optax._adam_s import adam_step, zero_moments
+from spherical_optax._constraints import reproject_to_sphere
+from spherical_optax._geometry import Transport, check_transport, transport_momentum
+from spherical_optax._groups import norm, widen
+from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._selection import ChannelAxes, path_mask
+
+
+def scale_by_adam_g(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    *,
+    channel_axes: ChannelAxes,
+    transport: Transport = "isometric",
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Makes steps in units of the radius, with one second moment per group; see `adam_g`.
+
+    Place it before the learning rate, and `reproject_to_sphere` last in the chain.
+
+    Args:
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment.
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+      transport: how mu follows the point: "isometric" projects it on the tangent space at x and
+        keeps its length, the parallel transport of a tangent momentum; "rescale" lets the
+        projection shorten it; "none" leaves it.
+      mu_dtype: dtype of the stored first moment; by default that of the parameters.
+
+    Returns:
+      A gradient transformation whose state is an `optax.ScaleByAdamState`: nu, in float32 at least,
+      has one number per group.
+
+    Raises:
+      ValueError: `transport` is unknown, or `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.scale_by_adam_g(channel_axes=())
+    >>> x, g = jnp.array([2.0, 0.0]), jnp.array([0.0, 0.1])
+    >>> tx.update(g, tx.init(x), x)[0].round(3)  # as long as x
+    Array([0., 2.], dtype=float32)
+    """
+    check_transport(transport)
+
+    def init_fn(params):
+        mu, nu = zero_moments(params, channel_axes, mu_dtype)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update_fn(updates, state, params=None):
+        params = need_params(params, "scale_by_adam_g")
+        count = optax.safe_increment(state.count)
+
+        def leaf(axes, g, mu, nu, x):
+            wide_g, wide_mu, radius = widen(g), widen(mu), None
+            if axes:
+                x = widen(x)
+                radius = norm(x, axes)
+                radius = jnp.where(radius == 0, 1.0, radius)
+                wide_g = radius * wide_g
+                wide_mu = transport_momentum(x, wide_mu, axes, transport)
+            step, wide_mu, nu = adam_step(wide_g, wide_mu, nu, count, b1, b2, eps, axes, mean=False)
+            step = step if radius is None else radius * step
+            return step.astype(g.dtype), wide_mu.astype(mu.dtype), nu
+
+        updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def adam_g(
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    channel_axes: ChannelAxes,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamG: Adam on the unit sphere, with parallel transport of its momentum.
+
+    With t from 1, in each spherical group:
+
+        g <- |x| g                                         the gradient at x/|x|
+        mu <- b1 mu + (1 - b1) g
+        nu <- b2 nu + (1 - b2) |g|²                        one number per group
+        y = x - learning_rate |x| · mu/(1 - b1^t) / (sqrt(nu/(1 - b2^t)) + eps)
+        x <- y/|y|                                         also at the first step
+        mu <- mu transported from the old x to the new one
+
+    so that the trajectory from x is the one from x/|x|. Classic leaves take Adam.
+
+    Args:
+      learning_rate: a number or a schedule; about the angle of a step in radians.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment.
+      weight_decay: coupled L2 on the classic leaves: a number or a schedule, not negative. The
+        spherical ones, whose radius is fixed, take none.
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+      mu_dtype: dtype of the stored first moment; by default that of the parameters.
+
+    Returns:
+      A gradient transformation. Nothing that changes the updates may follow it.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    Source: Cho & Lee, *Riemannian approach to batch normalization* (arXiv 1709.09603),
+    Adam-G, with a retraction for its exponential map and without its clipping.
+
+    >>> import jax.numpy as jnp, optax, spherical_optax as so
+    >>> tx = so.adam_g(0.1, channel_axes=())
+    >>> x, g = jnp.array([3.0, 4.0]), jnp.array([0.4, -0.3])
+    >>> updates, _ = tx.update(g, tx.init(x), x)
+    >>> so.group_norm(optax.apply_updates(x, updates), channel_axes=()).round(6)
+    Array([1.], dtype=float32)
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=path_mask(channel_axes, invert=True)),
+        scale_by_adam_g(b1, b2, eps, channel_axes=channel_axes, mu_dtype=mu_dtype),
+        optax.scale_by_learning_rate(learning_rate),
+        reproject_to_sphere(1.0, channel_axes=channel_axes),
+    )

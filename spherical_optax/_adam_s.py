@@ -1,0 +1,178 @@
+"""AdamS, Adam with one second moment per group, and the step that the Adams here share.
+
+A leaf without reduction axes runs through the same lines and comes out as in Adam.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from spherical_optax._groups import group_size, squared_norm, widen
+from spherical_optax._leaves import map_leaves
+from spherical_optax._selection import ChannelAxes, map_selected
+
+
+def scale_by_adam_s(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    channel_axes: ChannelAxes,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Divides the momentum by one root mean square per group; see `adam_s`.
+
+    Place it where `optax.scale_by_adam` would stand, after coupled weight decay and before the
+    learning rate. It does not need the parameters.
+
+    Args:
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, divided by sqrt(d).
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+      mu_dtype: dtype of the stored first moment; by default that of the parameters.
+
+    Returns:
+      A gradient transformation whose state is an `optax.ScaleByAdamState`: nu, in float32 at least,
+      has one number per group.
+
+    Raises:
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.scale_by_adam_s(channel_axes=())
+    >>> grads = jnp.array([3.0, 4.0])
+    >>> updates, _ = tx.update(grads, tx.init(grads))
+    >>> so.group_inner(updates, updates, channel_axes=()).round(3)  # d, the first time
+    Array([2.], dtype=float32)
+    """
+
+    def init_fn(params):
+        mu, nu = zero_moments(params, channel_axes, mu_dtype)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update_fn(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+
+        def leaf(axes, g, mu, nu):
+            step, wide_mu, nu = adam_step(widen(g), widen(mu), nu, count, b1, b2, eps, axes)
+            return step.astype(g.dtype), wide_mu.astype(mu.dtype), nu
+
+        updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def adam_s(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    channel_axes: ChannelAxes,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamS: Adam whose division is one number per group, so that it keeps directions.
+
+    With t from 1, and d the number of elements of a group:
+
+        g <- g + weight_decay x
+        mu <- b1 mu + (1 - b1) g
+        nu <- b2 nu + (1 - b2) |g|²/d                           one number per group
+        x <- x - learning_rate · mu/(1 - b1^t) / (sqrt(nu/(1 - b2^t)) + eps/sqrt(d))
+
+    With d = 1 this is Adam, and so are the leaves that the selection leaves out. Sums run in
+    float32 at least. A group without gradient does not move.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, divided by sqrt(d).
+      weight_decay: coupled L2, on every leaf: a number or a schedule, not negative.
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+      mu_dtype: dtype of the stored first moment; by default that of the parameters.
+
+    Returns:
+      A gradient transformation; its state has one first moment per element and one second moment
+      per group.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    Source: Roburin et al., *Spherical Perspective on Learning with Normalization Layers*
+    (arXiv 2006.13382).
+
+    >>> import jax.numpy as jnp, optax, spherical_optax as so
+    >>> tx = so.adam_s(0.1, channel_axes=())
+    >>> grads = jnp.array([3.0, 4.0])
+    >>> updates, _ = tx.update(grads, tx.init(grads), jnp.array([1.0, 0.0]))
+    >>> so.angle(updates, -grads, channel_axes=())  # the division does not turn the gradient
+    Array([0.], dtype=float32)
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        scale_by_adam_s(b1, b2, eps, channel_axes=channel_axes, mu_dtype=mu_dtype),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def zero_moments(
+    params: optax.Params, channel_axes: ChannelAxes, mu_dtype: DTypeLike | None
+) -> tuple[optax.Updates, optax.Updates]:
+    """The first moments and the groups' second moments at init."""
+    # nu comes from an array of the parameters so that it inherits their devices.
+    nu = map_selected(
+        lambda leaf: jnp.zeros_like(squared_norm(widen(leaf.value), leaf.axes)),
+        channel_axes,
+        params,
+    )
+    return optax.tree.zeros_like(params, dtype=mu_dtype), nu
+
+
+def adam_step(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    count: ArrayLike,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    axes: tuple[int, ...],
+    *,
+    mean: bool = True,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One Adam step on widened arrays, in the order of Optax's operations: step, mu, nu.
+
+    `mean=False` takes the sum of squares of a group for its second moment.
+    """
+    size = group_size(g.shape, axes) if mean else 1
+    square = squared_norm(g, axes)
+    if size > 1:
+        square, eps = square / size, eps / math.sqrt(size)
+    mu = _average(g, mu, b1)
+    nu = _average(square, nu, b2)
+    denominator = jnp.sqrt(_debias(nu, b2, count)) + jnp.asarray(eps, nu.dtype)
+    # With eps = 0 and no gradient so far: no step.
+    denominator = jnp.where(denominator == 0, jnp.inf, denominator)
+    return _debias(mu, b1, count) / denominator, mu, nu
+
+
+def _average(new: jax.Array, old: jax.Array, decay: ArrayLike) -> jax.Array:
+    # 1 - decay is taken before any rounding to the arrays' dtype.
+    return jnp.asarray(1 - decay, new.dtype) * new + jnp.asarray(decay, new.dtype) * old
+
+
+def _debias(moment: jax.Array, decay: ArrayLike, count: ArrayLike) -> jax.Array:
+    dtype = jnp.result_type(float)  # float64 where float64 arrays are possible
+    correction = 1 - jnp.asarray(decay, dtype) ** jnp.asarray(count, dtype)
+    return moment / correction.astype(moment.dtype)

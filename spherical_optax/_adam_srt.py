@@ -1,0 +1,164 @@
+"""AdamSRT: AdamS whose moments follow the point over its sphere."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from spherical_optax._adam_s import adam_step, zero_moments
+from spherical_optax._geometry import Transport, check_transport, transport_momentum
+from spherical_optax._groups import divide_or, squared_norm, widen
+from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._selection import ChannelAxes, map_selected
+
+
+class ScaleByAdamSRTState(NamedTuple):
+    """State of `scale_by_adam_srt`."""
+
+    count: ArrayLike  # int32 []
+    mu: optax.Updates  # as the parameters, or in mu_dtype
+    nu: optax.Updates  # float32 at least, one number per group: the summed axes have size 1
+    sq_norm: optax.Updates  # like nu: |x|² at the last update; a scalar 0 for classic leaves
+
+
+def scale_by_adam_srt(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    channel_axes: ChannelAxes,
+    transport: Transport = "rescale",
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """`scale_by_adam_s` with moments that follow the point over its sphere; see `adam_srt`.
+
+    Place it where `optax.scale_by_adam` would stand. The moments are brought to the parameters
+    that `update` is given, so learning rates, schedules, `optax.MultiSteps` and whatever follows
+    in the chain need no care. Two limits of "rescale":
+
+    * after a step that is not collinear with the momentum in each group (element-wise clipping
+      behind this link, say) the projected momentum is tangent, and approximates the published
+      formula to the order of that formula's own error;
+    * after a link that rescales the point (decoupled decay, `reproject_to_sphere`) mu lacks this
+      factor. Behind `reproject_to_sphere` use "isometric", which is then exact.
+
+    Args:
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, divided by sqrt(d).
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+      transport: "rescale" projects mu on the tangent space at x and multiplies nu by the ratio of
+        the squared norms; "isometric" projects mu, keeps its length, and leaves nu; "none" is
+        `scale_by_adam_s`.
+      mu_dtype: dtype of the stored first moment; by default that of the parameters.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: `transport` is unknown, or `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, optax, spherical_optax as so
+    >>> tx = so.scale_by_adam_srt(channel_axes=())
+    >>> x, g = jnp.array([3.0, 4.0]), jnp.array([1.0, 0.0])
+    >>> _, state = tx.update(g, tx.init(x), x)
+    >>> updates, _ = tx.update(jnp.zeros(2), state, x)  # without a gradient, mu alone moves x
+    >>> abs(so.group_inner(updates, x, channel_axes=()))[0] < 1e-6
+    Array(True, dtype=bool)
+    """
+    check_transport(transport)
+
+    def init_fn(params):
+        mu, nu = zero_moments(params, channel_axes, mu_dtype)
+        sq_norm = map_selected(
+            lambda leaf: (
+                squared_norm(widen(leaf.value), leaf.axes)
+                if leaf.axes
+                else jnp.zeros([], jnp.float32)
+            ),
+            channel_axes,
+            params,
+        )
+        return ScaleByAdamSRTState(jnp.zeros([], jnp.int32), mu, nu, sq_norm)
+
+    def update_fn(updates, state, params=None):
+        params = need_params(params, "scale_by_adam_srt")
+        count = optax.safe_increment(state.count)
+
+        def leaf(axes, g, mu, nu, sq_norm, x):
+            wide_mu = widen(mu)
+            if axes:
+                x = widen(x)
+                now = squared_norm(x, axes)
+                if transport == "rescale":
+                    ratio = divide_or(sq_norm, now, 1.0)
+                    nu = nu * jnp.where(ratio == 0, 1.0, ratio)
+                wide_mu, sq_norm = transport_momentum(x, wide_mu, axes, transport), now
+            step, wide_mu, nu = adam_step(widen(g), wide_mu, nu, count, b1, b2, eps, axes)
+            return step.astype(g.dtype), wide_mu.astype(mu.dtype), nu, sq_norm
+
+        updates, mu, nu, sq_norm = map_leaves(
+            leaf, channel_axes, updates, state.mu, state.nu, state.sq_norm, params=params
+        )
+        return updates, ScaleByAdamSRTState(count, mu, nu, sq_norm)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def adam_srt(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    channel_axes: ChannelAxes,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamSRT: AdamS whose moments are rescaled and transported to each new point.
+
+    A step of `adam_s` leads from x to y; the moments then become
+
+        mu <- (<x, y> mu - <mu, y> x) / |y|²
+        nu <- nu |x|²/|y|²
+
+    As y = x - s mu with one number s per group, the first line is mu - (<mu, y>/|y|²) y, the
+    projection of mu on the tangent space at y. It needs neither x nor s, and so it waits: mu is
+    stored as it is and projected when the next update shows y. The state has mu, and one nu and
+    one |x|² per group: half of Adam's.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, divided by sqrt(d).
+      weight_decay: coupled L2, on every leaf: a number or a schedule, not negative.
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+      mu_dtype: dtype of the stored first moment; by default that of the parameters.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    Source: Roburin et al., *Spherical Perspective on Learning with Normalization Layers*
+    (arXiv 2006.13382); the published code adds eps to |y|², which would break the
+    equivariance under rescaling and is left out here.
+
+    >>> import jax, jax.numpy as jnp, optax, spherical_optax as so
+    >>> params = jnp.ones((3, 3, 64, 128))
+    >>> nbytes = lambda tx: sum(s.nbytes for s in jax.tree.leaves(tx.init(params)))
+    >>> round(nbytes(so.adam_srt(1e-3, channel_axes=-1)) / nbytes(optax.adam(1e-3)), 2)
+    0.5
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        scale_by_adam_srt(b1, b2, eps, channel_axes=channel_axes, mu_dtype=mu_dtype),
+        optax.scale_by_learning_rate(learning_rate),
+    )
