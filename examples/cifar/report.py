@@ -1,0 +1,146 @@
+"""The files of a run: metrics.jsonl, summary.json and curves.png."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from cifar.training import Metrics, Result
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "spherical_optax")
+
+
+def append_metrics(path: Path, metrics: Metrics) -> None:
+    """Add one epoch as one line of JSON, in one write, so that no reader sees half a line."""
+    line = json.dumps(metrics._asdict(), allow_nan=False) + "\n"
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def write_summary(path: Path, arguments: dict[str, Any], result: Result, seconds: float) -> None:
+    """Write the result of a run with what is needed to repeat it, whole or not at all.
+
+    Args:
+      path: of the JSON file.
+      arguments: the command's arguments, with the values that were used.
+      result: figures on the test images.
+      seconds: wall time of the run without loading the data, compilation included.
+    """
+    summary = {
+        **result._asdict(),
+        "seconds": seconds,
+        "arguments": arguments,
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "device": _device(),
+        "git_revision": _git_revision(),
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def draw_curves(
+    path: Path,
+    history: Sequence[Metrics],
+    result: Result,
+    *,
+    title: str,
+    schedule: Callable[[int], Any],
+    milestones: Sequence[int],
+    steps_per_epoch: int,
+) -> None:
+    """Draw loss, accuracy and learning rate over the epochs, whole or not at all.
+
+    Args:
+      path: of the PNG file.
+      history: at least one epoch.
+      result: its test accuracy is marked at the best epoch.
+      title: of the picture.
+      schedule: the learning rate by optimizer step.
+      milestones: the steps at which it is lowered.
+      steps_per_epoch: optimizer steps of an epoch.
+    """
+    epochs = np.array([m.epoch for m in history])
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": (3, 3, 2)})
+    loss_axes, accuracy_axes, rate_axes = axes
+
+    # Told apart without colour too: training dark and solid, validation lighter and dashed.
+    few = len(history) <= 30  # with marks for single epochs, without which one epoch is invisible
+    training = {"color": "#08306b", "linestyle": "-", "marker": "o" if few else ""}
+    validation = {"color": "#e6730b", "linestyle": "--", "marker": "s" if few else ""}
+    loss_axes.plot(epochs, [m.train_loss for m in history], **training)
+    loss_axes.plot(epochs, [m.valid_loss for m in history], **validation)
+    loss_axes.set_ylabel("cross-entropy (nats)")
+    if min(min(m.train_loss, m.valid_loss) for m in history) > 0:
+        loss_axes.set_yscale("log")
+
+    train_accuracy = [100 * m.train_accuracy for m in history]
+    valid_accuracy = [100 * m.valid_accuracy for m in history]
+    accuracy_axes.plot(epochs, train_accuracy, label="training", **training)
+    accuracy_axes.plot(epochs, valid_accuracy, label="validation", **validation)
+    accuracy_axes.plot(
+        [result.best_epoch],
+        [100 * result.test_accuracy],
+        color="black",
+        linestyle="",
+        marker="*",
+        markeredgecolor="white",
+        markersize=14,
+        label=f"test: {100 * result.test_accuracy:.2f} % (epoch {result.best_epoch})",
+    )
+    accuracy_axes.set_ylabel("accuracy (%)")
+
+    lowered = sorted(set(milestones))
+    rates = [float(schedule(step)) for step in (0, *lowered)]
+    edges = np.array([0, *lowered, max(epochs[-1] * steps_per_epoch, lowered[-1])])
+    rate_axes.stairs(rates, edges / steps_per_epoch, baseline=None, color="black", linewidth=1.5)
+    if min(rates) > 0:
+        rate_axes.set_yscale("log")
+    rate_axes.set_ylabel("learning rate")
+    rate_axes.set_xlabel("epoch")
+    rate_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        for step in lowered:
+            label = "milestone" if ax is accuracy_axes and step == lowered[0] else None
+            place = step / steps_per_epoch
+            ax.axvline(place, color="grey", linestyle=":", linewidth=1.5, label=label)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+
+    temporary = path.with_suffix(".tmp")
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    if jax.default_backend() == "cpu":
+        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    return f"{jax.default_backend()} ({jax.devices()[0].device_kind})"
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
