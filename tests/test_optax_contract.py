@@ -70,19 +70,19 @@ def stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def run(tx: optax.GradientTransformation, params: Any = PARAMS, grads: Any = GRADS) -> Any:
-    """The parameters after the gradients, in one compiled scan."""
-
+@partial(jax.jit, static_argnums=0)
+def trajectory_end(tx: optax.GradientTransformation, params: Any, grads: Any) -> Any:
     def step(carry, grads):
         params, state = carry
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    @jax.jit
-    def trajectory(params, grads):
-        return jax.lax.scan(step, (params, tx.init(params)), grads)[0][0]
+    return jax.lax.scan(step, (params, tx.init(params)), grads)[0][0]
 
-    return trajectory(params, stack(grads))
+
+def run(tx: optax.GradientTransformation, params: Any = PARAMS, grads: Any = GRADS) -> Any:
+    """The parameters after the gradients, in one compiled scan."""
+    return trajectory_end(tx, params, stack(grads))
 
 
 @cache
@@ -142,16 +142,12 @@ def test_an_injected_learning_rate_can_be_changed():
 @every_case
 def test_accumulated_gradients_make_the_steps_of_their_means(name):
     # MultiSteps shows the parameters of the step, and returns zeros in between.
-    multi = optax.MultiSteps(make(name), every_k_schedule=2)
-    params, state = PARAMS, multi.init(PARAMS)
-    for grad in GRADS:
-        updates, state = jax.jit(multi.update)(grad, state, params)
-        params = optax.apply_updates(params, updates)
+    multi = optax.MultiSteps(make(name), every_k_schedule=2).gradient_transformation()
     means = [
         jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[:2]),
         jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[2:]),
     ]
-    chex.assert_trees_all_close(params, run(make(name), PARAMS, means), **CLOSE)
+    chex.assert_trees_all_close(run(multi), run(make(name), PARAMS, means), **CLOSE)
 
 
 @every_case

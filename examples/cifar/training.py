@@ -268,7 +268,8 @@ def fit(
 ) -> Result:
     """Train, and test the network of the epoch with the best validation accuracy.
 
-    Of several such epochs the first counts.
+    Of several such epochs the one with the lowest validation loss counts: on a small validation
+    set many epochs share the best accuracy.
 
     Args:
       model: called as `model(images, train=...)` on float images [n, 32, 32, 3].
@@ -299,7 +300,7 @@ def fit(
     compile_seconds = time.perf_counter() - start
 
     steps = steps_per_epoch(len(train.labels), batch_size)
-    best, best_epoch, best_accuracy = (state.params, state.batch_stats), 0, -1.0
+    best, best_epoch, best_figures = (state.params, state.batch_stats), 0, (-1.0, 0.0)
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         state, train_loss, train_accuracy = run_epoch(state, epoch, on_batch)
@@ -307,10 +308,11 @@ def fit(
         valid_loss, valid_accuracy = validate(state.params, state.batch_stats)
         if not math.isfinite(valid_loss):
             raise NonFiniteLoss(f"the validation loss is {valid_loss} after epoch {epoch}")
-        if valid_accuracy > best_accuracy:
+        figures = (valid_accuracy, -valid_loss)
+        if figures > best_figures:
             # Copied, because the next step donates these buffers.
             best = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
-            best_epoch, best_accuracy = epoch, valid_accuracy
+            best_epoch, best_figures = epoch, figures
         if on_epoch:
             on_epoch(
                 Metrics(
