@@ -1,5 +1,6 @@
 """The README: its Python runs and prints what it says, and its commands are understood."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -40,6 +41,19 @@ def test_the_commands_are_understood(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:  # arguments before --help are checked
         train_cifar.main([*shlex.split(arguments), "--help"])
     assert end.value.code == 0 and "--optimizer" in capsys.readouterr().out
+
+
+def test_the_accuracies_on_digits_are_those_of_the_raw_results():
+    table = re.search(r"^(\| `--optimizer`.*)\n.*\n(.*)$", README, re.MULTILINE)
+    header, row = table.groups()
+    names = re.findall(r"`(\w+)`", header)
+    figures = re.findall(r"\d+\.\d+", row)
+    assert len(names) == len(figures) == 7
+    for name, figure in zip(names, figures, strict=True):
+        summary = ROOT / "benchmarks" / "results" / "digits" / name / "summary.json"
+        result = json.loads(summary.read_text())
+        assert result["arguments"]["optimizer"] == name
+        assert f"{100 * result['test_accuracy']:.2f}" == figure
 
 
 def test_the_links_lead_somewhere():
