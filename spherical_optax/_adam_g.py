@@ -9,9 +9,10 @@ from jax.typing import ArrayLike, DTypeLike
 from spherical_optax._adam_s import adam_step, zero_moments
 from spherical_optax._constraints import reproject_to_sphere
 from spherical_optax._geometry import Transport, check_transport, transport_momentum
-from spherical_optax._groups import norm, widen
+from spherical_optax._groups import norm
 from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._selection import ChannelAxes, path_mask
+from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
+from spherical_optax._selection import ChannelAxes
 
 
 def scale_by_adam_g(
@@ -62,16 +63,13 @@ def scale_by_adam_g(
         count = optax.safe_increment(state.count)
 
         def leaf(axes, g, mu, nu, x):
-            wide_g, wide_mu, radius = widen(g), widen(mu), None
-            if axes:
-                x = widen(x)
-                radius = norm(x, axes)
-                radius = jnp.where(radius == 0, 1.0, radius)
-                wide_g = radius * wide_g
-                wide_mu = transport_momentum(x, wide_mu, axes, transport)
-            step, wide_mu, nu = adam_step(wide_g, wide_mu, nu, count, b1, b2, eps, axes, mean=False)
-            step = step if radius is None else radius * step
-            return step.astype(g.dtype), wide_mu.astype(mu.dtype), nu
+            if not axes:
+                return adam_step(g, mu, nu, count, b1, b2, eps, axes)
+            radius = norm(x, axes)
+            radius = jnp.where(radius == 0, 1.0, radius)
+            mu = transport_momentum(x, mu, axes, transport)
+            step, mu, nu = adam_step(radius * g, mu, nu, count, b1, b2, eps, axes, mean=False)
+            return radius * step, mu, nu
 
         updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
         return updates, optax.ScaleByAdamState(count, mu, nu)
@@ -100,10 +98,12 @@ def adam_g(
         x <- y/|y|                                         also at the first step
         mu <- mu transported from the old x to the new one
 
-    so that the trajectory from x is the one from x/|x|. Classic leaves take Adam.
+    so that the trajectory from x is the one from x/|x|. Classic leaves take Adam. The first update
+    is rounded at the size of x: let parameters narrower than float32 start near the unit sphere.
 
     Args:
-      learning_rate: a number or a schedule; about the angle of a step in radians.
+      learning_rate: a number or a schedule: the angle of a step, in radians, where gradients
+        agree with each other. Where they are noise, steps are shorter, about a quarter at b1 = 0.9.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment.
@@ -130,8 +130,8 @@ def adam_g(
     Array([1.], dtype=float32)
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=path_mask(channel_axes, invert=True)),
+        add_coupled_decay(weight_decay, "adam_g", except_spherical=channel_axes),
         scale_by_adam_g(b1, b2, eps, channel_axes=channel_axes, mu_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
         reproject_to_sphere(1.0, channel_axes=channel_axes),
     )

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._groups import group_size, squared_norm, widen
 from spherical_optax._leaves import map_leaves
+from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes, map_selected
 
 
@@ -61,8 +62,7 @@ def scale_by_adam_s(
         count = optax.safe_increment(state.count)
 
         def leaf(axes, g, mu, nu):
-            step, wide_mu, nu = adam_step(widen(g), widen(mu), nu, count, b1, b2, eps, axes)
-            return step.astype(g.dtype), wide_mu.astype(mu.dtype), nu
+            return adam_step(g, mu, nu, count, b1, b2, eps, axes)
 
         updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
@@ -120,9 +120,9 @@ def adam_s(
     Array([0.], dtype=float32)
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        add_coupled_decay(weight_decay, "adam_s"),
         scale_by_adam_s(b1, b2, eps, channel_axes=channel_axes, mu_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -151,7 +151,7 @@ def adam_step(
     *,
     mean: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One Adam step on widened arrays, in the order of Optax's operations: step, mu, nu.
+    """One Adam step in the order of Optax's operations: step, mu, nu.
 
     `mean=False` takes the sum of squares of a group for its second moment.
     """

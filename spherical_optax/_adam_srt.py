@@ -12,6 +12,7 @@ from spherical_optax._adam_s import adam_step, zero_moments
 from spherical_optax._geometry import Transport, check_transport, transport_momentum
 from spherical_optax._groups import divide_or, squared_norm, widen
 from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes, map_selected
 
 
@@ -43,7 +44,8 @@ def scale_by_adam_srt(
       behind this link, say) the projected momentum is tangent, and approximates the published
       formula to the order of that formula's own error;
     * after a link that rescales the point (decoupled decay, `reproject_to_sphere`) mu lacks this
-      factor. Behind `reproject_to_sphere` use "isometric", which is then exact.
+      factor. With `reproject_to_sphere` use "isometric", which is then exact for gradients that
+      are tangent: without coupled decay, of a loss that depends on directions only.
 
     Args:
       b1: decay of the first moment, in [0, 1).
@@ -51,8 +53,8 @@ def scale_by_adam_srt(
       eps: added to the root of the second moment, divided by sqrt(d).
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       transport: "rescale" projects mu on the tangent space at x and multiplies nu by the ratio of
-        the squared norms; "isometric" projects mu, keeps its length, and leaves nu; "none" is
-        `scale_by_adam_s`.
+        the squared norms; "isometric" projects mu, keeps its length (after steps of up to 60
+        degrees), and leaves nu; "none" is `scale_by_adam_s`.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
     Returns:
@@ -90,16 +92,13 @@ def scale_by_adam_srt(
         count = optax.safe_increment(state.count)
 
         def leaf(axes, g, mu, nu, sq_norm, x):
-            wide_mu = widen(mu)
             if axes:
-                x = widen(x)
                 now = squared_norm(x, axes)
                 if transport == "rescale":
                     ratio = divide_or(sq_norm, now, 1.0)
                     nu = nu * jnp.where(ratio == 0, 1.0, ratio)
-                wide_mu, sq_norm = transport_momentum(x, wide_mu, axes, transport), now
-            step, wide_mu, nu = adam_step(widen(g), wide_mu, nu, count, b1, b2, eps, axes)
-            return step.astype(g.dtype), wide_mu.astype(mu.dtype), nu, sq_norm
+                mu, sq_norm = transport_momentum(x, mu, axes, transport), now
+            return *adam_step(g, mu, nu, count, b1, b2, eps, axes), sq_norm
 
         updates, mu, nu, sq_norm = map_leaves(
             leaf, channel_axes, updates, state.mu, state.nu, state.sq_norm, params=params
@@ -158,7 +157,7 @@ def adam_srt(
     0.5
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        add_coupled_decay(weight_decay, "adam_srt"),
         scale_by_adam_srt(b1, b2, eps, channel_axes=channel_axes, mu_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from spherical_optax._geometry import tangent, to_radius
 from spherical_optax._groups import divide_or, norm, widen
@@ -51,7 +51,7 @@ def project_to_tangent_space(*, channel_axes: ChannelAxes) -> optax.GradientTran
 
     def update_fn(updates, state, params=None):
         def leaf(axes, u, x):
-            return (tangent(widen(x), widen(u), axes).astype(u.dtype) if axes else u,)
+            return (tangent(x, u, axes),)
 
         params = need_params(params, "project_to_tangent_space")
         (updates,) = map_leaves(leaf, channel_axes, updates, params=params)
@@ -67,7 +67,7 @@ class ReprojectToSphereState(NamedTuple):
 
 
 def reproject_to_sphere(
-    radius: ArrayLike | None = None, *, channel_axes: ChannelAxes
+    radius: float | jax.Array | None = None, *, channel_axes: ChannelAxes
 ) -> optax.GradientTransformation:
     """Puts the point that the updates lead to on its sphere.
 
@@ -75,6 +75,8 @@ def reproject_to_sphere(
 
     Place it last in a chain, after the learning rate: what would follow changes x + u again. The
     radius is stored at init, not measured anew at each step, as rounding would make it drift.
+    Updates are rounded in their dtype: bring parameters narrower than float32 near to a given
+    radius before training, or the first step misses it.
 
     Args:
       radius: positive radius of every sphere; `None` keeps the one that each group has at init. A
@@ -96,8 +98,9 @@ def reproject_to_sphere(
     >>> so.group_norm(optax.apply_updates(x, updates), channel_axes=())
     Array([5.], dtype=float32)
     """
-    if isinstance(radius, int | float) and not 0 < radius < math.inf:
-        raise ValueError(f"radius={radius!r} is not a positive finite number")
+    if radius is not None and not isinstance(radius, jax.core.Tracer):
+        if not 0 < float(radius) < math.inf:
+            raise ValueError(f"radius={radius!r} is not a positive finite number")
 
     def init_fn(params):
         def stored(leaf) -> Any:
@@ -110,8 +113,7 @@ def reproject_to_sphere(
         def leaf(axes, u, x, target):
             if not axes:
                 return u
-            wide = widen(x)
-            return (to_radius(wide + widen(u), target, axes) - wide).astype(u.dtype)
+            return to_radius(x + u, target, axes) - x
 
         params = need_params(params, "reproject_to_sphere")
         if radius is not None:
@@ -139,7 +141,9 @@ def normalize_per_group(*, channel_axes: ChannelAxes) -> optax.GradientTransform
 
         u <- u/|u|
 
-    A group of zeros stays zero.
+    A group of zeros stays zero, and so does one whose norm is below 1e-19, where float32 has no
+    square. Noise gets norm 1 like everything else: coupled weight decay before a projection leaves
+    rounding errors of a group without gradient, which this link would turn into steps.
 
     Args:
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
@@ -166,10 +170,7 @@ def normalize_per_group(*, channel_axes: ChannelAxes) -> optax.GradientTransform
         del params
 
         def leaf(axes, u):
-            if not axes:
-                return (u,)
-            wide = widen(u)
-            return (divide_or(wide, norm(wide, axes), 0.0).astype(u.dtype),)
+            return (divide_or(u, norm(u, axes), 0.0) if axes else u,)
 
         (updates,) = map_leaves(leaf, channel_axes, updates)
         return updates, state

@@ -38,15 +38,18 @@ def transport_momentum(
     """Brings a momentum that was built before the last step to the point `x` that it led to.
 
     The step was collinear with the momentum, so `P_x` is the published rescaling and transport
-    ("rescale"), and `P_x` at unchanged length is the parallel transport ("isometric"); neither
-    needs the previous point. Arrays are widened.
+    ("rescale"), and `P_x` at unchanged length is the parallel transport of a tangent momentum
+    ("isometric"); neither needs the previous point.
     """
     if transport == "none" or not axes:
         return momentum
     projected = tangent(x, momentum, axes)
     if transport == "rescale":
         return projected
-    return projected * divide_or(norm(momentum, axes), norm(projected, axes), 0.0)
+    stretch = divide_or(norm(momentum, axes), norm(projected, axes), 1.0)
+    # For a tangent momentum this is 1/cos of the angle travelled. Above 2 it was radial rather than
+    # tangent, and stretching would make steps of the rest, which is rounding.
+    return projected * jnp.where(stretch > 2, 1.0, stretch)
 
 
 def project_to_tangent(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax.Array:
@@ -173,6 +176,7 @@ def parallel_transport(
     # 1 + <u, w> = |u + w|²/2, which does not cancel near the antipode.
     middle = u + w
     factor = divide_or(2 * inner(vector, w, axes), inner(middle, middle, axes), 0.0)
+    factor = jnp.where(norm(start, axes) == 0, 0.0, factor)
     return (vector - factor * middle).astype(v.dtype)
 
 

@@ -24,12 +24,12 @@ def reduction_axes(shape: Sequence[int], channel_axes: Axes) -> tuple[int, ...]:
     Args:
       shape: shape of the array.
       channel_axes: axes that index groups, negative ones counted from the end; `()` makes the
-        whole array one group; `None` makes every element its own group.
+        whole array one group; `None` makes every element its own group. A scalar has no axes to
+        choose from and accepts any.
 
     Raises:
       TypeError: `channel_axes` is neither an integer, nor a sequence of integers, nor `None`.
-      ValueError: an axis is out of range or named twice. An array of at most one element has no
-        axes to choose from and accepts any.
+      ValueError: an axis is out of range or named twice.
     """
     rank = len(shape)
     if channel_axes is None:
@@ -42,7 +42,7 @@ def reduction_axes(shape: Sequence[int], channel_axes: Axes) -> tuple[int, ...]:
             f"channel_axes={channel_axes!r} is not an int, a tuple of ints, None, or a callable "
             "(path, leaf) -> one of these, such as so.by_path({'conv': -1})"
         ) from None
-    if math.prod(shape) <= 1:
+    if rank == 0:
         return ()
     for axis in named:
         if not -rank <= axis < rank:
@@ -54,7 +54,7 @@ def reduction_axes(shape: Sequence[int], channel_axes: Axes) -> tuple[int, ...]:
     if len(kept) != len(named):
         raise ValueError(f"channel_axes={channel_axes!r} names an axis of {tuple(shape)} twice")
     axes = tuple(axis for axis in range(rank) if axis not in kept)
-    return axes if math.prod(shape[axis] for axis in axes) > 1 else ()
+    return axes if math.prod(shape) > 0 and group_size(shape, axes) > 1 else ()
 
 
 def group_size(shape: Sequence[int], axes: tuple[int, ...]) -> int:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spherical_optax._groups import widen
 from spherical_optax._selection import ChannelAxes, Leaf, is_hole, named_leaves, select
 
 
@@ -22,7 +23,9 @@ def map_leaves(
     """Calls `fn(axes, update, *states, param)` for each leaf and returns the trees of its results.
 
     `fn` returns the new update and the new states, in this order; `param` is left out if `params`
-    is None. Positions without an update stay as they are, with their states.
+    is None. It works in one dtype, that of the update or float32 if that is narrower; its results
+    go back to the dtypes of what they replace. Positions without an update stay as they are, with
+    their states.
 
     Raises:
       ValueError: the trees differ; the message names the first such path.
@@ -30,12 +33,15 @@ def map_leaves(
     leaves = select(updates, channel_axes)
     trees = [*states] if params is None else [*states, params]
     columns = [_aligned(leaves, tree, tree is params) for tree in trees]
-    results = [
-        (leaf.value, *(column[i] for column in columns[: len(states)]))
-        if leaf.skipped
-        else fn(leaf.axes, jnp.asarray(leaf.value), *(column[i] for column in columns))
-        for i, leaf in enumerate(leaves)
-    ]
+    results = []
+    for leaf, *values in zip(leaves, *columns, strict=True):
+        old = [leaf.value, *values]
+        if leaf.skipped:
+            results.append(old)
+            continue
+        old = [jnp.asarray(value) for value in old]
+        new = fn(leaf.axes, *_in_one_dtype(old))
+        results.append([a.astype(b.dtype) for a, b in zip(new, old, strict=False)])
     return tuple(
         jax.tree.unflatten(
             jax.tree.structure(tree, is_leaf=is_hole), [result[i] for result in results]
@@ -80,6 +86,11 @@ def _aligned(leaves: list[Leaf], tree: Any, is_params: bool) -> list[Any]:
                 "parameters of the same tree, and make the state by tx.init(params)"
             )
     return [value for _, value in named]
+
+
+def _in_one_dtype(arrays: list[jax.Array]) -> list[jax.Array]:
+    dtype = jnp.finfo(widen(arrays[0]).dtype).dtype
+    return [widen(array) if jnp.iscomplexobj(array) else array.astype(dtype) for array in arrays]
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

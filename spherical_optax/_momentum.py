@@ -7,8 +7,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._geometry import Transport, check_transport, transport_momentum
-from spherical_optax._groups import widen
 from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes, select
 
 
@@ -57,13 +57,9 @@ def trace_rt(
         params = need_params(params, "trace_rt")
 
         def leaf(axes, g, trace, x):
-            wide = widen(g)
-            buffer = transport_momentum(widen(x), widen(trace), axes, transport)
-            buffer = (
-                jnp.asarray(1 - dampening, wide.dtype) * wide
-                + jnp.asarray(decay, wide.dtype) * buffer
-            )
-            return buffer.astype(g.dtype), buffer.astype(trace.dtype)
+            trace = transport_momentum(x, trace, axes, transport)
+            trace = jnp.asarray(1 - dampening, g.dtype) * g + jnp.asarray(decay, g.dtype) * trace
+            return trace, trace
 
         updates, trace = map_leaves(leaf, channel_axes, updates, state.trace, params=params)
         return updates, optax.TraceState(trace)
@@ -114,7 +110,7 @@ def sgd_mrt(
     Array([-0. , -0.1], dtype=float32)
     """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
+        add_coupled_decay(weight_decay, "sgd_mrt"),
         trace_rt(momentum, dampening=dampening, channel_axes=channel_axes),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )

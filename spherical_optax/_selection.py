@@ -53,7 +53,7 @@ def by_path(rules: Mapping[str, Axes], *, require_match: bool = True) -> ByPath:
       ValueError: a rule is not a regular expression.
 
     >>> import jax.numpy as jnp, spherical_optax as so
-    >>> axes = so.by_path({r"conv|shortcut": -1, r"query/kernel": (-2, -1)})
+    >>> axes = so.by_path({r"conv|shortcut": -1, r"stack/kernel": (0, -1)})
     >>> axes("layers/0/conv1/kernel", None), axes("head/kernel", None)
     (-1, None)
     """

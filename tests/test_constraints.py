@@ -102,7 +102,7 @@ def test_the_radius_is_the_one_at_init_and_not_the_current_one():
     np.testing.assert_allclose(params + updates, [3, 4], rtol=1e-6)
 
 
-@pytest.mark.parametrize("radius", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("radius", [0, -1.0, float("nan"), np.float32(-1), jnp.float32(jnp.inf)])
 def test_a_radius_is_positive_and_finite(radius):
     with pytest.raises(ValueError, match="radius=.* is not a positive finite number"):
         so.reproject_to_sphere(radius, channel_axes=-1)
@@ -121,3 +121,27 @@ def test_an_outer_step_is_a_rotation_by_atan():
     updates, _ = tx.update(grads, tx.init(params), params)
     angle = so.angle(params, params + updates, channel_axes=-1)
     np.testing.assert_allclose(angle, np.full((1, 4), np.arctan(0.2)), rtol=1e-5)
+
+
+def test_a_radius_may_be_traced():
+    params, updates = (tree["w"] for tree in random_trees("float32"))
+
+    @jax.jit
+    def norms(radius):
+        tx = so.reproject_to_sphere(radius, channel_axes=-1)
+        out, _ = tx.update(updates, tx.init(params), params)
+        return so.group_norm(params + out, channel_axes=-1)
+
+    np.testing.assert_allclose(norms(2.5), np.full((1, 4), 2.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "size, dtype, tolerance", [(1e3, "float32", 1e-4), (2.0, "bfloat16", 0.02)]
+)
+def test_a_start_off_the_sphere_lands_on_it_up_to_rounding_at_its_size(size, dtype, tolerance):
+    # The update is rounded where it is as large as the start: by 6e-8 and 2e-3 of its size.
+    params = (size * jax.random.normal(jax.random.key(0), (64, 8)) / 8).astype(dtype)
+    tx = so.reproject_to_sphere(1.0, channel_axes=-1)
+    updates, _ = tx.update(jnp.zeros_like(params), tx.init(params), params)
+    norms = np.linalg.norm(np.asarray(optax.apply_updates(params, updates), np.float64), axis=0)
+    assert np.max(np.abs(norms - 1)) < tolerance

@@ -149,6 +149,20 @@ def test_values_and_gradients_are_finite_where_groups_are_zero(name, dtype):
     assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
 
 
+@pytest.mark.parametrize("dtype", EPS)
+def test_zero_points_are_in_flat_space(dtype):
+    x, y, v = random_arrays((4, 3), 3, dtype)
+    zero, axes = jnp.zeros_like(x), {"channel_axes": -1}
+    chex.assert_trees_all_equal(so.project_to_tangent(zero, v, **axes), v)
+    chex.assert_trees_all_equal(so.retract(zero, v, **axes), v)
+    chex.assert_trees_all_equal(so.retract(x, -x, **axes), zero)
+    chex.assert_trees_all_equal(so.exp_map(zero, v, **axes), v)
+    chex.assert_trees_all_equal(so.exp_map(x, zero, **axes), x)
+    chex.assert_trees_all_equal(so.parallel_transport(zero, y, v, **axes), v)
+    chex.assert_trees_all_equal(so.parallel_transport(x, zero, v, **axes), v)
+    assert not so.angle(zero, y, **axes).any() and not so.angle(x, zero, **axes).any()
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_groups_of_one_element_and_empty_arrays_are_flat(name):
     for shape, axes in [((4, 1), -2), ((4,), None), ((), ()), ((0, 3), -1), ((3, 0), -1)]:
@@ -180,3 +194,9 @@ def test_the_antipode_has_no_shortest_way_and_gives_no_nan():
 def test_wrong_axes_are_refused(axes, error, message):
     with pytest.raises(error, match=message):
         so.group_norm(jnp.ones((3, 2)), channel_axes=axes)
+
+
+def test_an_array_of_one_element_has_axes_too():
+    with pytest.raises(ValueError, match="out of range"):
+        so.group_norm(jnp.ones((1, 1)), channel_axes=7)
+    assert so.group_norm(jnp.ones(()), channel_axes=-1).shape == ()

@@ -364,3 +364,31 @@ def test_a_group_of_zeros_is_not_frozen(name):
     step, grad = np.asarray(after)[:, 1], grads[0][:, 1]
     cosine = step @ grad / np.linalg.norm(step) / np.linalg.norm(grad)
     assert_close(cosine, -1.0)
+
+
+def test_a_group_that_leaves_zero_keeps_its_second_moment():
+    # |x|² was 0 at the last update: there is no ratio to rescale nu by.
+    x, grads = random_arrays(18, 6, 2, steps=2)
+    link, plain = so.scale_by_adam_srt(channel_axes=-1), so.scale_by_adam_s(channel_axes=-1)
+    zero, here = jnp.zeros_like(x), jnp.asarray(x)
+    _, state = link.update(jnp.asarray(grads[0]), link.init(zero), zero)
+    _, after = link.update(jnp.asarray(grads[1]), state, here)
+    _, plain_state = plain.update(jnp.asarray(grads[0]), plain.init(zero))
+    _, plain_after = plain.update(jnp.asarray(grads[1]), plain_state)
+    assert_close(np.asarray(after.nu), np.asarray(plain_after.nu))
+
+
+@pytest.mark.parametrize("name", ["scale_by_adam_srt", "trace_rt"])
+@pytest.mark.parametrize("transport", ["rescale", "isometric", "none"])
+def test_decay_alone_does_not_turn_a_group(name, transport):
+    # The momentum is radial, and its tangent part is rounding, which no mode may blow up.
+    x = jax.random.normal(jax.random.key(0), (9, 16), jnp.float32)
+    args = (0.9,) if name == "trace_rt" else ()
+    tx = optax.chain(
+        optax.add_decayed_weights(1e-2),
+        getattr(so, name)(*args, channel_axes=-1, transport=transport),
+        optax.scale_by_learning_rate(0.01),
+    )
+    after = replay(tx, x, [jnp.zeros_like(x)] * 50)[-1]
+    assert np.max(so.angle(x, after, channel_axes=-1)) < 1e-5
+    assert np.max(so.group_norm(after, channel_axes=-1) / so.group_norm(x, channel_axes=-1)) < 1

@@ -1,0 +1,51 @@
+"""What the ready optimizers put around their links: decay before, a learning rate behind."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._selection import ChannelAxes
+
+
+def add_coupled_decay(
+    weight_decay: optax.ScalarOrSchedule,
+    optimizer: str,
+    *,
+    except_spherical: ChannelAxes = None,
+) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` with this library's errors; Optax broadcasts other shapes.
+
+    The leaves that `except_spherical` selects take no decay.
+    """
+    decay = _keep_dtype(optax.add_decayed_weights(weight_decay))
+
+    def update_fn(updates, state, params=None):
+        params = need_params(params, optimizer)
+        map_leaves(lambda axes, g, x: (g,), None, updates, params=params)  # raises if they differ
+        decayed, state = decay.update(updates, state, params)
+        updates, _ = map_leaves(
+            lambda axes, g, d: (g if axes else d, d), except_spherical, updates, decayed
+        )
+        return updates, state
+
+    return optax.GradientTransformation(decay.init, update_fn)
+
+
+def scale_by_learning_rate(
+    learning_rate: optax.ScalarOrSchedule,
+) -> optax.GradientTransformation:
+    """`optax.scale_by_learning_rate` that keeps the dtype of the updates for an array too."""
+    return _keep_dtype(optax.scale_by_learning_rate(learning_rate))
+
+
+def _keep_dtype(link: optax.GradientTransformation) -> optax.GradientTransformation:
+    # Optax multiplies by an array, such as a hyper-parameter that inject_hyperparams traces, in
+    # the wider of the two dtypes.
+    def update_fn(updates, state, params=None):
+        new, state = link.update(updates, state, params)
+        return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, updates), state
+
+    return optax.GradientTransformation(link.init, update_fn)
