@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cifar import recipes
@@ -41,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     history: list[training.Metrics] = []  # of the epochs that are finished
     try:
         _check_output(args.output)
-        return _run(args, history)
+        with _interruptible() as check_interrupt:
+            return _run(args, history, check_interrupt)
     except _Refused as error:
         return _end(2, f"error: {error}")
     except ModuleNotFoundError as error:
@@ -71,7 +75,35 @@ def _kept(output: Path | None, finished: int) -> str:
     return f"the metrics of {epochs} are kept in {output / METRICS}"
 
 
-def _run(args: argparse.Namespace, history: list[training.Metrics]) -> int:
+@contextmanager
+def _interruptible() -> Generator[Callable[[], None], None, None]:
+    """Makes Ctrl-C raise KeyboardInterrupt, and yields a check that raises it if that got lost.
+
+    It gets lost where Python runs inside a callback of compiled code, which cannot raise.
+    """
+    interrupted = False
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _run(
+    args: argparse.Namespace,
+    history: list[training.Metrics],
+    check_interrupt: Callable[[], None],
+) -> int:
     # Imported here, so that --help and a refusal do not wait for JAX.
     import jax
     from flax import nnx
@@ -123,6 +155,7 @@ def _run(args: argparse.Namespace, history: list[training.Metrics]) -> int:
     with tqdm(total=count, desc="compiling", unit="img", leave=False, disable=None) as bar:
 
         def on_batch(seen: int, loss: float, accuracy: float) -> None:
+            check_interrupt()
             if seen == 0:
                 bar.reset()
                 bar.set_description(f"epoch {len(history) + 1}/{args.epochs}")

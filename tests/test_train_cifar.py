@@ -1,5 +1,6 @@
 """The trainer: an epoch's batches, the two drivers, evaluation; the command and its files."""
 
+import contextlib
 import json
 import os
 import signal
@@ -425,6 +426,24 @@ def test_interrupted_before_the_first_epoch(monkeypatch, capsys):
     monkeypatch.setattr(data, "load", interrupt)
     assert train_cifar.main([]) == 130
     assert capsys.readouterr().err == "train_cifar.py: interrupted; no epoch was finished\n"
+
+
+def test_an_interrupt_that_gets_lost_is_raised_again(folder, tiny, monkeypatch, capsys):
+    """Where Python runs in a callback of compiled code, a KeyboardInterrupt may be swallowed."""
+    swallowed = []
+
+    def learning_rate(step):
+        if not swallowed:
+            with contextlib.suppress(KeyboardInterrupt):
+                swallowed.append(True)
+                signal.raise_signal(signal.SIGINT)
+        return 0.1
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(recipes, "step_schedule", lambda *_: learning_rate)
+    assert train_cifar.main(run_arguments(folder)) == 130
+    assert swallowed and "interrupted; no epoch was finished" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_interrupted_after_some_epochs(folder, tmp_path):
