@@ -27,7 +27,6 @@ examples:
 """
 MAX_STEPS = 2**31 - 1  # what an optimizer's int32 counts
 METRICS = "metrics.jsonl"
-DATASETS = ("digits", "cifar10", "cifar100", "svhn")
 
 
 class _Refused(Exception):
@@ -241,8 +240,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_dataset,
         default="digits",
         metavar="NAME",
-        help=f"{', '.join(DATASETS)}, or folder:PATH, where PATH is a directory, .zip or .tar[.xz] "
-        "with train/CLASS/* and test/CLASS/* images (default: %(default)s)",
+        help=f"{', '.join(recipes.DATASETS)}, or folder:PATH, where PATH is a directory, .zip or "
+        ".tar[.xz] with train/CLASS/* and test/CLASS/* images (default: %(default)s)",
     )
     add("--model", choices=recipes.MODELS, default="resnet20", help="default: %(default)s")
     add("--optimizer", choices=recipes.OPTIMIZERS, default="adamsrt", help="default: %(default)s")
@@ -287,10 +286,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _dataset(text: str) -> str:
-    if text in DATASETS or text.removeprefix("folder:") not in ("", text):
+    if text in recipes.DATASETS or text.removeprefix("folder:") not in ("", text):
         return text
     raise argparse.ArgumentTypeError(
-        f"unknown data set {text!r} (choose from {', '.join(DATASETS)}, folder:PATH)"
+        f"unknown data set {text!r} (choose from {', '.join(recipes.DATASETS)}, folder:PATH)"
     )
 
 

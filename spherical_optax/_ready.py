@@ -16,11 +16,12 @@ def add_coupled_decay(
     *,
     except_spherical: ChannelAxes = None,
 ) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` with this library's errors; Optax broadcasts other shapes.
+    """`optax.add_decayed_weights` that refuses other trees and keeps the dtype of the updates.
 
-    The leaves that `except_spherical` selects take no decay.
+    Optax would broadcast updates of another shape against the parameters. The leaves that
+    `except_spherical` selects take no decay.
     """
-    decay = _keep_dtype(optax.add_decayed_weights(weight_decay))
+    decay = optax.add_decayed_weights(weight_decay)
 
     def update_fn(updates, state, params=None):
         params = need_params(params, optimizer)
@@ -37,15 +38,15 @@ def add_coupled_decay(
 def scale_by_learning_rate(
     learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_learning_rate` that keeps the dtype of the updates for an array too."""
-    return _keep_dtype(optax.scale_by_learning_rate(learning_rate))
+    """`optax.scale_by_learning_rate` that keeps the dtype of the updates.
 
+    Optax multiplies by an array, such as one that `optax.inject_hyperparams` traces, in the wider
+    of the two dtypes.
+    """
+    rate = optax.scale_by_learning_rate(learning_rate)
 
-def _keep_dtype(link: optax.GradientTransformation) -> optax.GradientTransformation:
-    # Optax multiplies by an array, such as a hyper-parameter that inject_hyperparams traces, in
-    # the wider of the two dtypes.
     def update_fn(updates, state, params=None):
-        new, state = link.update(updates, state, params)
+        new, state = rate.update(updates, state, params)
         return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, updates), state
 
-    return optax.GradientTransformation(link.init, update_fn)
+    return optax.GradientTransformation(rate.init, update_fn)

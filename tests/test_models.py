@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import spherical_optax as so
-from cifar import models
+from cifar import models, recipes
 
 GOLDENS = Path(__file__).parent / "goldens"
 FACTS = json.loads((GOLDENS / "models.json").read_text())
@@ -70,6 +70,10 @@ def filled(name: str) -> tuple[Any, int]:
 @nnx.jit(static_argnames="train")
 def logits(model: Any, images: jax.Array, train: bool) -> jax.Array:
     return model(images, train=train)
+
+
+def test_the_command_offers_the_models_that_there_are():
+    assert tuple(models.MODELS) == recipes.MODELS
 
 
 @pytest.mark.parametrize("name", FACTS)

@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cifar.recipes import DATASETS
 from cifar.sources import DataError, Split, read_digits, read_folder, read_tfds
-
-NAMES = ("digits", "cifar10", "cifar100", "svhn", "folder:PATH")
-
 
 Channels = tuple[float, float, float]
 
@@ -62,8 +60,8 @@ def load(name: str, *, data_dir: str, seed: int) -> DataSet:
     """Reads a data set and splits off 5 % of its training images for validation.
 
     Args:
-      name: one of `NAMES`; PATH is a directory, .zip or .tar[.gz|.bz2|.xz] with images in
-        train/CLASS/ and test/CLASS/.
+      name: one of `recipes.DATASETS`, or folder:PATH, where PATH is a directory, .zip or
+        .tar[.gz|.bz2|.xz] with images in train/CLASS/ and test/CLASS/.
       data_dir: where TFDS keeps cifar10, cifar100 and svhn, which are downloaded there once
         (svhn with its 1.2 GiB of extra images, which TFDS fetches too but we do not read).
       seed: chooses the validation images, at least 0; the test images do not depend on it.
@@ -85,7 +83,8 @@ def load(name: str, *, data_dir: str, seed: int) -> DataSet:
             classes, train, test = read_folder(Path(name.removeprefix("folder:")).expanduser())
             (mean, std), pad, flip = _statistics(train.images), 4, True
         else:
-            raise DataError(f"There is no data set {name!r}; choose from {', '.join(NAMES)}.")
+            names = ", ".join((*DATASETS, "folder:PATH"))
+            raise DataError(f"There is no data set {name!r}; choose from {names}.")
     except ImportError as error:
         raise DataError(
             f"Data set {name} needs the Python package {error.name or error}; "
