@@ -1,5 +1,3 @@
-"""Train a ResNet or VGG on 32x32 images with one of the paper's optimizers."""
-
 from __future__ import annotations
 
 import argparse
@@ -7,57 +5,59 @@ import math
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cifar import recipes
-
-if TYPE_CHECKING:
-    from cifar import training
+from cifar.signals import Stopped, StopSignals, stop_signals
 
 EXAMPLES = """\
 examples:
   python examples/train_cifar.py --dataset digits --epochs 10 --batch_size 32
-  python examples/train_cifar.py --dataset cifar100 --model resnet18 --output runs/adamsrt
-  python examples/train_cifar.py --dataset folder:images.tar.xz --optimizer sgdmrt --epochs 20
+  python examples/train_cifar.py --dataset cifar100 --model resnet18 --output runs/adamsrt --resume
+  python examples/train_cifar.py --dataset folder:images.tar.xz --optimizer sgdmrt --seeds 3
+  python examples/train_cifar.py --coordinator 10.0.0.1:1234 --num_processes 2 --process_id 0
 """
 MAX_STEPS = 2**31 - 1  # what an optimizer's int32 counts
-METRICS = "metrics.jsonl"
 
 
 class _Refused(Exception):
     """The run cannot start; the message says why."""
 
 
-class _Stopped(Exception):
-    """The run cannot go on; the message says why."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
-    args = _parser().parse_args(argv)
-    history: list[training.Metrics] = []  # of the epochs that are finished
+    """Run the command.
+
+    Returns its exit code: 0, 1 (a run failed), 2 (refused), 130 (Ctrl-C) or 143 (SIGTERM).
+    """
+    args = _parse(argv)
+    code, alone = _outcome(args)
+    if alone and args.coordinator:
+        # At its end, Python would wait for the other processes, which wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _outcome(args: argparse.Namespace) -> tuple[int, bool]:
+    """The exit code, and whether it is this process's alone if there are several."""
     try:
-        _check_output(args.output)
-        with _interruptible() as check_interrupt:
-            return _run(args, history, check_interrupt)
+        with stop_signals() as signals:
+            return _run(args, signals), False
     except _Refused as error:
-        return _end(2, f"error: {error}")
+        return _end(2, f"error: {error}"), True
     except ModuleNotFoundError as error:
-        return _end(2, f"error: {error}; install it with: pip install -e '.[examples]'")
-    except _Stopped as error:
-        return _end(1, f"stopped: {error}; {_kept(args.output, len(history))}")
+        return _end(2, f"error: {error}; install it with: pip install -e '.[examples]'"), True
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1, True
     except OSError as error:
-        return _end(1, f"error: {error}; {_kept(args.output, len(history))}")
-    except KeyboardInterrupt:
-        return _end(130, f"interrupted; {_kept(args.output, len(history))}")
+        return _end(1, f"error: {error}"), True
+    except Stopped as stopped:
+        how = "interrupted" if stopped.signum == signal.SIGINT else "terminated"
+        return _end(128 + stopped.signum, f"{how}; {_how_to_go_on(args.output)}"), stopped.at_once
 
 
 def _end(code: int, message: str) -> int:
@@ -65,163 +65,140 @@ def _end(code: int, message: str) -> int:
     return code
 
 
-def _kept(output: Path | None, finished: int) -> str:
-    if not finished:
-        return "no epoch was finished"
-    epochs = "epoch 1" if finished == 1 else f"epochs 1 to {finished}"
+def _how_to_go_on(output: Path | None) -> str:
     if output is None:
-        return f"{epochs} finished, and nothing is kept without --output"
-    return f"the metrics of {epochs} are kept in {output / METRICS}"
+        return "nothing is kept without --output"
+    if not output.exists():
+        return "nothing was begun"
+    return f"--resume goes on with what is in {output}"
 
 
-@contextmanager
-def _interruptible() -> Generator[Callable[[], None], None, None]:
-    """Makes Ctrl-C raise KeyboardInterrupt, and yields a check that raises it if that got lost.
-
-    It gets lost where Python runs inside a callback of compiled code, which cannot raise.
-    """
-    interrupted = False
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if interrupted:
-            raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _run(
-    args: argparse.Namespace,
-    history: list[training.Metrics],
-    check_interrupt: Callable[[], None],
-) -> int:
+def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     # Imported here, so that --help and a refusal do not wait for JAX.
+    from cifar import data, processes, runs
+
+    try:
+        if args.coordinator:
+            processes.join(args.coordinator, args.num_processes, args.process_id)
+            with signals.defer():  # to a step that all processes agree on
+                return _train(args, signals)
+        return _train(args, signals)
+    except (data.DataError, processes.JoinError, runs.OutputError) as error:
+        raise _Refused(str(error)) from error
+
+
+def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     import jax
     from flax import nnx
-    from tqdm import tqdm
 
-    from cifar import data, models, report, training
+    from cifar import data, models, processes, runs, training
 
-    try:
-        images = data.load(args.dataset, data_dir=args.data_dir, seed=args.seed)
-    except data.DataError as error:
-        raise _Refused(str(error)) from error
-    count = len(images.train.labels)
+    recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
+    arguments = _arguments(args, recipe)
+    rate, decay = arguments["learning_rate"], arguments["weight_decay"]
+    if args.output:
+        if processes.leads():
+            runs.check_output(args.output, arguments, resume=args.resume)
+        if all(map(runs.is_finished, runs.run_directories(args.output, arguments).values())):
+            runs.say(f"{args.output} is finished.")
+            return 0
+
+    images = processes.in_turn(lambda: data.load(args.dataset, data_dir=args.data_dir))
+    count = len(data.validation_split(len(images.train.labels), args.seed)[0])
     if args.batch_size > count:
         raise _Refused(f"--batch_size {args.batch_size} is above the {count} training images")
     steps = training.steps_per_epoch(count, args.batch_size)
     if args.epochs * steps > MAX_STEPS:
         raise _Refused(f"--epochs {args.epochs} is above {MAX_STEPS // steps}, the most that fit")
-    if args.output:
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _Refused(f"cannot create {args.output}: {error.strerror}") from error
+    lock = None  # held as long as this is referenced
+    if args.output and processes.leads():
+        lock = runs.claim_output(args.output, arguments)
 
-    recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
+    def make_model(seed: int) -> nnx.Module:
+        make = models.MODELS[args.model]
+        return make(len(images.classes), dtype=args.precision, rngs=nnx.Rngs(seed))
+
+    milestones = recipes.milestones(args.epochs, steps)
+    schedule = recipes.step_schedule(rate, milestones)
+    job = runs.Job(
+        arguments=arguments,
+        output=args.output,
+        resume=args.resume,
+        tensorboard=args.tensorboard,
+        images=images,
+        make_model=make_model,
+        tx=recipes.make_optimizer(args.optimizer, recipe._replace(weight_decay=decay), schedule),
+        schedule=schedule,
+        milestones=milestones,
+        steps_per_epoch=steps,
+        mesh=training.make_mesh(jax.devices()),
+        signals=signals,
+    )
     if not exact:
-        print(
+        runs.say(
             f"{args.dataset} with {args.model} has no recipe of its own: "
             f"taking cifar10's with {args.model}."
         )
-    # The arguments are recorded with the values that are used.
-    if args.learning_rate is None:
-        args.learning_rate = recipe.learning_rate
-    if args.weight_decay is None:
-        args.weight_decay = recipe.weight_decay
-    milestones = recipes.milestones(args.epochs, steps)
-    schedule = recipes.step_schedule(args.learning_rate, milestones)
-    tx = recipes.make_optimizer(
-        args.optimizer, recipe._replace(weight_decay=args.weight_decay), schedule
-    )
-    print(
+    devices = f"{jax.device_count()} x " if jax.device_count() > 1 else ""
+    runs.say(
         f"{args.model} on {args.dataset} with {args.optimizer}: "
-        f"learning rate {args.learning_rate:g}, weight decay {args.weight_decay:g}, "
-        f"{count} training images, {steps} steps an epoch, on {jax.devices()[0].device_kind}.",
-        flush=True,
+        f"learning rate {rate:g}, weight decay {decay:g}, {count} training images, "
+        f"{steps} steps an epoch, on {devices}{jax.devices()[0].device_kind}."
     )
-
-    start = time.perf_counter()
-    # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=count, desc="compiling", unit="img", leave=False, disable=None) as bar:
-
-        def on_batch(seen: int, loss: float, accuracy: float) -> None:
-            check_interrupt()
-            if seen == 0:
-                bar.reset()
-                bar.set_description(f"epoch {len(history) + 1}/{args.epochs}")
-            else:
-                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
-                bar.update(seen - bar.n)
-
-        def on_epoch(metrics: training.Metrics) -> None:
-            if args.output:
-                report.append_metrics(args.output / METRICS, metrics)
-            history.append(metrics)
-            bar.write(
-                f"epoch {metrics.epoch}/{args.epochs}: "
-                f"train {metrics.train_accuracy:.2%} (loss {metrics.train_loss:.4f}), "
-                f"validation {metrics.valid_accuracy:.2%} (loss {metrics.valid_loss:.4f}), "
-                f"{metrics.images_per_second:.0f} images/s"
-            )
-            sys.stdout.flush()
-
-        model = models.MODELS[args.model](len(images.classes), rngs=nnx.Rngs(args.seed))
-        try:
-            result = training.fit(
-                model,
-                tx,
-                images,
-                schedule=schedule,
-                epochs=args.epochs,
-                batch_size=args.batch_size,
-                seed=args.seed,
-                on_batch=on_batch,
-                on_epoch=on_epoch,
-            )
-        except training.NonFiniteLoss as error:
-            raise _Stopped(f"{error}: lower --learning_rate ({args.learning_rate:g})") from error
-    seconds = time.perf_counter() - start
-
-    if args.output:
-        arguments = {**vars(args), "output": str(args.output)}
-        report.write_summary(args.output / "summary.json", arguments, result, seconds)
-        report.draw_curves(
-            args.output / "curves.png",
-            history,
-            result,
-            title=f"{args.model} on {args.dataset} with {args.optimizer}, seed {args.seed}",
-            schedule=schedule,
-            milestones=milestones,
-            steps_per_epoch=steps,
-        )
-    print(
-        f"Test accuracy {result.test_accuracy:.2%} (loss {result.test_loss:.4f}) with epoch "
-        f"{result.best_epoch}, the best in validation; {seconds:.0f} s.",
-        flush=True,
-    )
-    return 0
+    try:
+        return 0 if runs.train(job, _groups(args)) else 1
+    finally:
+        if lock:
+            lock.close()
 
 
-def _check_output(output: Path | None) -> None:
-    """Refuse an output directory that cannot be written or is taken, without touching anything."""
-    if output is None:
-        return
-    if os.path.lexists(output / METRICS):
-        raise _Refused(f"{output} already holds a run: name another --output, or move it away")
-    existing = next(p for p in (output, *output.absolute().parents) if os.path.lexists(p))
-    if not existing.is_dir():
-        raise _Refused(f"cannot write to {output}: {existing} is not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise _Refused(f"cannot write to {output}: no permission to write in {existing}")
+def _arguments(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]:
+    """The arguments that decide the outcome, with the values that are used."""
+    rate, decay = args.learning_rate, args.weight_decay
+    return {
+        "dataset": args.dataset,
+        "model": args.model,
+        "optimizer": args.optimizer,
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "learning_rate": recipe.learning_rate if rate is None else rate,
+        "weight_decay": recipe.weight_decay if decay is None else decay,
+        "precision": args.precision,
+        "seed": args.seed,
+        "seeds": args.seeds,
+    }
+
+
+def _groups(args: argparse.Namespace) -> list[list[int]]:
+    """The seeds that are trained at once."""
+    import jax
+
+    from cifar import runs
+
+    seeds = list(range(args.seed, args.seed + args.seeds))
+    if len(seeds) == 1 or jax.default_backend() != "cpu":
+        return [seeds]
+    runs.say("One seed after another: on a CPU that is faster than several at once.")
+    return [[seed] for seed in seeds]
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, checked as far as they can be without the data."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.seed + args.seeds > 2**32:
+        parser.error(f"--seeds {args.seeds} from --seed {args.seed} goes beyond {2**32 - 1}")
+    if args.output is None and (args.resume or args.tensorboard):
+        parser.error(f"--{'resume' if args.resume else 'tensorboard'} needs --output")
+    given = [args.num_processes is not None, args.process_id is not None]
+    if any(given) and (args.coordinator in (None, "auto")):
+        parser.error("--num_processes and --process_id need --coordinator HOST:PORT")
+    if args.coordinator not in (None, "auto"):
+        if not all(given):
+            parser.error("--coordinator HOST:PORT needs --num_processes and --process_id")
+        if args.process_id >= args.num_processes:
+            parser.error(f"--process_id {args.process_id} is not below {args.num_processes}")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -270,6 +247,21 @@ def _parser() -> argparse.ArgumentParser:
         help="of validation split, initial weights, order and augmentation (default: %(default)s)",
     )
     add(
+        "--seeds",
+        type=_positive,
+        default=1,
+        metavar="K",
+        help="train K networks, with the seeds from --seed on, at once (on a CPU one after "
+        "another); each has its files in DIR/seed-N (default: %(default)s)",
+    )
+    add(
+        "--precision",
+        choices=recipes.PRECISIONS,
+        default="float32",
+        help="of activations and convolutions; parameters, statistics, optimizer state and loss "
+        "are float32 (default: %(default)s)",
+    )
+    add(
         "--data_dir",
         default="~/tensorflow_datasets",
         metavar="DIR",
@@ -279,9 +271,33 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help=f"directory to make for {METRICS}, summary.json and curves.png "
-        "(default: none, nothing is written)",
+        help="directory to make for arguments.json, metrics.jsonl, summary.json, curves.png and "
+        "checkpoints (default: none, nothing is written)",
     )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --output from its last checkpoint; begin where there is none",
+    )
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="write TensorBoard's event files too, in DIR/tensorboard",
+    )
+    several = parser.add_argument_group(
+        "several processes", "Each is started with the same arguments and uses its own devices."
+    )
+    several.add_argument(
+        "--coordinator",
+        type=_coordinator,
+        metavar="HOST:PORT",
+        help="of process 0; 'auto' under SLURM, Open MPI, Kubernetes or on a TPU pod, which know "
+        "all three (default: there is one process)",
+    )
+    several.add_argument(
+        "--num_processes", type=_positive, metavar="N", help="how many processes there are"
+    )
+    several.add_argument("--process_id", type=_index, metavar="I", help="which one this is, from 0")
     return parser
 
 
@@ -291,6 +307,17 @@ def _dataset(text: str) -> str:
     raise argparse.ArgumentTypeError(
         f"unknown data set {text!r} (choose from {', '.join(recipes.DATASETS)}, folder:PATH)"
     )
+
+
+def _coordinator(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if text == "auto" or (host and port.isdecimal()):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor auto")
+
+
+def _index(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "an integer from 0")
 
 
 def _positive(text: str) -> int:

@@ -73,16 +73,16 @@ def test_a_folder_is_read_as_it_is(tmp_path):
     found = load(f"folder:{write(tmp_path / 'folder', files)}")
     assert found.classes == ("cat", "dog", "owl")
     assert (found.pad, found.flip) == (4, True)
-    assert [len(s.labels) for s in (found.train, found.valid, found.test)] == [20, 1, 6]
-    for splits, part in (((found.train, found.valid), "train"), ((found.test,), "test")):
+    assert [len(s.labels) for s in (found.train, found.test)] == [21, 6]
+    for split_read, part in ((found.train, "train"), (found.test, "test")):
         expected = [
             (np.asarray(Image.open(io.BytesIO(content))).tobytes(), found.classes.index(label))
             for name, content in files.items()
             for split, label, _ in [name.split("/")]
             if split == part
         ]
-        assert contents(*splits) == sorted(expected)
-    pixels = np.concatenate([found.train.images, found.valid.images]) / 255
+        assert contents(split_read) == sorted(expected)
+    pixels = found.train.images / 255
     np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
     np.testing.assert_allclose(found.std, pixels.std(axis=(0, 1, 2)), rtol=1e-9)
 
@@ -213,7 +213,7 @@ def test_a_path_that_is_no_data_set(tmp_path):
 def test_two_training_images_are_enough(tmp_path):
     path = write(tmp_path / "folder", tree([("train", 2), ("test", 1)], ["cat"]))
     found = load(f"folder:{path}")
-    assert [len(s.labels) for s in (found.train, found.valid, found.test)] == [1, 1, 1]
+    assert [len(s.labels) for s in (found.train, found.test)] == [2, 1]
 
 
 @pytest.mark.slow  # it decodes 60,000 images
@@ -222,7 +222,7 @@ def test_cifar10_as_jpeg():
     if not path.exists():
         pytest.skip(f"{path} is not there")
     found = load(f"folder:{path}")
-    assert [len(s.labels) for s in (found.train, found.valid, found.test)] == [47500, 2500, 10000]
+    assert [len(s.labels) for s in (found.train, found.test)] == [50000, 10000]
     assert (np.bincount(found.test.labels) == 1000).all()
     # JPEG hardly moves the statistics of the originals.
     np.testing.assert_allclose(found.mean, (0.4914, 0.4822, 0.4465), atol=2e-3)

@@ -95,7 +95,7 @@ def test_a_published_set_is_read_as_it_was_prepared(published, name):
     classes, train, test = originals[name]
     found = load(name, data_dir)
     assert found.classes == classes
-    assert contents(found.train, found.valid) == contents(*train)
+    assert contents(found.train) == contents(*train)
     assert contents(found.test) == contents(test)
     normalisation = TRAINING["normalisation"][name]
     if name == "svhn":  # "pixels divided by 255, no mean or std" and no augmentation
@@ -120,11 +120,11 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 import numpy as np
 from cifar import data
 prepared, empty, output = sys.argv[1:]
-found = data.load("cifar10", data_dir=prepared, seed=0)
-np.savez(output, **{f"{s}_{k}": v for s in ("train", "valid", "test")
+found = data.load("cifar10", data_dir=prepared)
+np.savez(output, **{f"{s}_{k}": v for s in ("train", "test")
                     for k, v in getattr(found, s)._asdict().items()})
 try:
-    data.load("cifar10", data_dir=empty, seed=0)
+    data.load("cifar10", data_dir=empty)
 except data.DataError as error:
     print(error)
 assert "tensorflow" not in sys.modules

@@ -35,9 +35,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Trains the tiny network whatever the model's name."""
+    """Trains the tiny network instead of ResNet-20, on one device."""
+    make_mesh = training.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet20", Tiny)
+        patch.setattr(training, "make_mesh", lambda devices: make_mesh(devices[:1]))
         yield
 
 
@@ -82,9 +84,12 @@ def test_command_prints_and_repeats_itself(folder, tiny, finished, capsys):
 def test_command_writes_its_files(folder, finished):
     output = finished
     assert {path.name for path in output.iterdir()} == {
+        ".lock",
+        "arguments.json",
         "metrics.jsonl",
         "summary.json",
         "curves.png",
+        "checkpoints",
     }
     metrics = read_metrics(output)
     assert [m["epoch"] for m in metrics] == [1, 2, 3]
@@ -102,7 +107,7 @@ def test_command_writes_its_files(folder, finished):
     assert [m["learning_rate"] for m in metrics] == [1e-3, 1e-4, 1e-5]
 
     summary = json.loads((output / "summary.json").read_text())
-    assert summary["arguments"] == {
+    arguments = {
         "dataset": f"folder:{folder}",
         "model": "resnet20",
         "optimizer": "adamsrt",
@@ -110,14 +115,21 @@ def test_command_writes_its_files(folder, finished):
         "batch_size": 10,
         "learning_rate": 1e-3,
         "weight_decay": 7.8125e-6,
+        "precision": "float32",
         "seed": 5,
-        "data_dir": "~/tensorflow_datasets",
-        "output": str(output),
     }
+    assert summary["arguments"] == arguments
+    written = json.loads((output / "arguments.json").read_text())
+    assert written == arguments | {"seeds": 1}
     best = max(metrics, key=lambda m: (m["valid_accuracy"], -m["valid_loss"]))
     assert summary["best_epoch"] == best["epoch"]
     assert 0 <= summary["test_accuracy"] <= 1 and summary["test_loss"] > 0
-    assert 0 < summary["compile_seconds"] < summary["seconds"]
+    assert summary["compile_seconds"] > 0
+    # Of the epochs after the first, which have as many images each.
+    rates = [line["images_per_second"] for line in metrics[1:]]
+    assert summary["images_per_second"] == pytest.approx(2 / (1 / rates[0] + 1 / rates[1]))
+    assert summary["seconds"] > sum(46 / line["images_per_second"] for line in metrics)
+    assert summary["seeds_at_once"] == 1
     assert summary["versions"].keys() == {"python", *report.PACKAGES}
     assert summary["versions"]["jax"] == jax.__version__
     assert summary["device"].startswith(jax.default_backend())
@@ -143,6 +155,15 @@ REFUSALS = {
     "--dataset mnist": "argument --dataset/--dataloader: unknown data set 'mnist'",
     "--dataset folder:": "argument --dataset/--dataloader: unknown data set 'folder:'",
     "--dataset folder:/no/such/place": "/no/such/place",
+    "--seeds 0": "argument --seeds: '0' is not an integer from 1",
+    "--seed 4294967295 --seeds 2": "--seeds 2 from --seed 4294967295 goes beyond 4294967295",
+    "--precision float16": "argument --precision: invalid choice: 'float16'",
+    "--coordinator here": "argument --coordinator: 'here' is neither HOST:PORT nor auto",
+    "--coordinator a:1 --num_processes 2": "needs --num_processes and --process_id",
+    "--coordinator a:1 --num_processes 2 --process_id 2": "--process_id 2 is not below 2",
+    "--process_id 0": "--num_processes and --process_id need --coordinator HOST:PORT",
+    "--coordinator auto --num_processes 2": "need --coordinator HOST:PORT",
+    "--coordinator a:1 --num_processes 1 --process_id -1": "'-1' is not an integer from 0",
     "--batch_size 100000": "--batch_size 100000 is above the 1366 training images",
     "--epochs 1000000000": "--epochs 1000000000 is above",
 }
@@ -172,49 +193,77 @@ def test_outputs_that_are_refused(tmp_path, capsys, monkeypatch):
     file.write_text("mine")
     assert f"{file} is not a directory" in refused(file)
     assert f"{file} is not a directory" in refused(file / "run")
-    taken = tmp_path / "taken"
+    taken, foreign = tmp_path / "taken", tmp_path / "foreign"
     taken.mkdir()
-    (taken / "metrics.jsonl").write_text("mine\n")
+    (taken / "arguments.json").write_text("{}")
     assert f"{taken} already holds a run" in refused(taken)
+    foreign.mkdir()
+    (foreign / "metrics.jsonl").write_text("mine\n")
+    assert f"{foreign} holds a run that did not begin here" in refused(foreign)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "arguments.json").write_text("{")
+    assert f"{damaged / 'arguments.json'} is damaged" in refused(damaged)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     assert f"no permission to write in {tmp_path}" in refused(tmp_path / "run")
-    assert file.read_text() == "mine" and (taken / "metrics.jsonl").read_text() == "mine\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "taken"}
+    assert file.read_text() == "mine" and (foreign / "metrics.jsonl").read_text() == "mine\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "taken", "foreign", "damaged"}
+
+
+@pytest.mark.parametrize("option", ["--resume", "--tensorboard"])
+def test_options_that_need_an_output(option, capsys):
+    with pytest.raises(SystemExit) as end:
+        train_cifar.main([option])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {option} needs --output\n")
 
 
 def test_a_loss_that_is_not_finite_stops_the_command(folder, tiny, tmp_path, capsys):
     arguments = f"--dataset folder:{folder} --optimizer sgd --batch_size 10 --learning_rate 1e30"
     assert train_cifar.main([*arguments.split(), "--output", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("train_cifar.py: stopped: the training loss is ")
+    assert err.startswith("stopped: the training loss is ")
     assert "lower --learning_rate (1e+30)" in err and err.count("\n") == 1
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_interrupted_before_the_first_epoch(monkeypatch, capsys):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_training_stops_at_once(signum, code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(data, "load", lambda *_, **__: signal.raise_signal(signum))
+    how = {130: "interrupted", 143: "terminated"}[code]
+    assert train_cifar.main([]) == code
+    assert capsys.readouterr().err == f"train_cifar.py: {how}; nothing is kept without --output\n"
+    assert train_cifar.main(["--output", str(tmp_path / "run")]) == code
+    assert capsys.readouterr().err == f"train_cifar.py: {how}; nothing was begun\n"
 
-    monkeypatch.setattr(data, "load", interrupt)
-    assert train_cifar.main([]) == 130
-    assert capsys.readouterr().err == "train_cifar.py: interrupted; no epoch was finished\n"
 
+def test_an_interrupt_in_a_callback_of_compiled_code_is_not_lost(folder, tiny, monkeypatch, capfd):
+    """An exception may be swallowed there."""
+    swallowed, make_step = [], training.make_step
 
-def test_an_interrupt_that_gets_lost_is_raised_again(folder, tiny, monkeypatch, capsys):
-    """Where Python runs in a callback of compiled code, a KeyboardInterrupt may be swallowed."""
-    swallowed = []
-
-    def learning_rate(step):
+    def swallow():
         if not swallowed:
-            with contextlib.suppress(KeyboardInterrupt):
+            with contextlib.suppress(BaseException):
                 swallowed.append(True)
                 signal.raise_signal(signal.SIGINT)
-        return 0.1
+
+    def make_calling_step(*args):
+        step = make_step(*args)
+
+        def calling_step(*args, **kwargs):
+            jax.debug.callback(swallow)
+            return step(*args, **kwargs)
+
+        return calling_step
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(recipes, "step_schedule", lambda *_: learning_rate)
+    monkeypatch.setattr(training, "make_step", make_calling_step)
     assert train_cifar.main(run_arguments(folder)) == 130
-    assert swallowed and "interrupted; no epoch was finished" in capsys.readouterr().err
+    err = capfd.readouterr().err
+    assert swallowed and err == (
+        "\nstopping at the next step; Ctrl-C again stops at once\n"
+        "train_cifar.py: interrupted; nothing is kept without --output\n"
+    )
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -241,10 +290,11 @@ def test_interrupted_after_some_epochs(folder, tmp_path):
     epochs = [m["epoch"] for m in read_metrics(output)]
     assert len(epochs) >= 2 and epochs == list(range(1, len(epochs) + 1))
     assert err == (
-        f"train_cifar.py: interrupted; the metrics of epochs 1 to {len(epochs)} "
-        f"are kept in {output / 'metrics.jsonl'}\n"
+        "\nstopping at the next step; Ctrl-C again stops at once\n"
+        f"train_cifar.py: interrupted; --resume goes on with what is in {output}\n"
     )
-    assert {path.name for path in output.iterdir()} == {"metrics.jsonl"}
+    names = {".lock", "arguments.json", "metrics.jsonl", "curves.png", "checkpoints"}
+    assert {path.name for path in output.iterdir()} == names
 
 
 def test_help_and_refusals_do_not_start_jax():
@@ -272,7 +322,7 @@ def test_curves(epochs, tmp_path):
     report.draw_curves(
         tmp_path / "curves.png",
         history,
-        training.Result(0.5, 1.0, 1, 0.0),
+        training.Result(0.5, 1.0, 1) if epochs > 1 else None,
         title="title",
         schedule=recipes.step_schedule(0.1, milestones),
         milestones=milestones,

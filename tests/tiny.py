@@ -1,18 +1,24 @@
 """A network and a data set that train in a moment."""
 
+from collections.abc import Callable
+
+import jax
 import numpy as np
+import optax
 from flax import nnx
 
+from cifar import training
 from cifar.data import DataSet, Split
 
 
 class Tiny(nnx.Module):
     """A network that compiles in a moment: convolution, BatchNorm, linear layer."""
 
-    def __init__(self, num_classes, *, rngs):
-        self.conv = nnx.Conv(3, 4, (4, 4), strides=4, padding=0, use_bias=False, rngs=rngs)
-        self.bn = nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
-        self.linear = nnx.Linear(4, num_classes, rngs=rngs)
+    def __init__(self, num_classes, *, dtype=None, rngs):
+        kind = {"dtype": dtype, "rngs": rngs}
+        self.conv = nnx.Conv(3, 4, (4, 4), strides=4, padding=0, use_bias=False, **kind)
+        self.bn = nnx.BatchNorm(4, momentum=0.9, **kind)
+        self.linear = nnx.Linear(4, num_classes, **kind)
 
     def __call__(self, x, *, train):
         x = nnx.relu(self.bn(self.conv(x), use_running_average=not train))
@@ -28,5 +34,36 @@ def make_split(images: int, seed: int) -> Split:
 
 
 def make_data(*, pad: int = 0, flip: bool = False) -> DataSet:
-    splits = make_split(22, 0), make_split(6, 1), make_split(70, 2)
+    """Of 23 training images, one is for validation."""
+    splits = make_split(23, 0), make_split(70, 2)
     return DataSet("tiny", tuple("abcd"), *splits, (0.5,) * 3, (0.25,) * 3, pad, flip)
+
+
+def make_tiny(seed: int) -> Tiny:
+    return Tiny(4, rngs=nnx.Rngs(seed))
+
+
+def start(tx, images, *, seeds=(0,), make_model=make_tiny, **_) -> tuple:
+    """What `training.fit` takes, but for the trainer."""
+    mesh = training.make_mesh(jax.devices()[:1])
+    return training.start_run(make_model, tx, seeds, len(images.train.labels), mesh)[1:]
+
+
+def prepare(
+    tx: optax.GradientTransformation,
+    images: DataSet,
+    *,
+    batch_size: int,
+    make_model: Callable[[int], nnx.Module] = make_tiny,
+    seeds: tuple[int, ...] = (0,),
+    driver: str | None = None,
+    devices: int = 1,
+) -> tuple[training.Trainer, training.Seeds, training.Run]:
+    """What `training.fit` takes."""
+    mesh = training.make_mesh(jax.devices()[:devices])
+    total = len(images.train.labels)
+    graphdef, of_seeds, run = training.start_run(make_model, tx, seeds, total, mesh)
+    trainer = training.compile_trainer(
+        graphdef, tx, images, of_seeds, run.state, batch_size=batch_size, mesh=mesh, driver=driver
+    )
+    return trainer, of_seeds, run

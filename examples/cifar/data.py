@@ -1,6 +1,7 @@
 """Image sets by name, held in memory as uint8, and what the jitted step does to a batch of them.
 
-`load` reads a set and splits off its validation images; `augment` and `normalise` are pure JAX.
+`load` reads a set, `validation_split` chooses its validation images; `augment` and `normalise` are
+pure JAX.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ Channels = tuple[float, float, float]
 
 
 class DataSet(NamedTuple):
-    """A whole set with the treatment of its images.
+    """A whole set with the treatment of its images; `train` includes those for validation.
 
     `mean` and `std` are per channel, of pixels / 255; `pad` (pixels) and `flip` are the
     augmentation of training images.
@@ -27,7 +28,6 @@ class DataSet(NamedTuple):
     name: str
     classes: tuple[str, ...]
     train: Split
-    valid: Split
     test: Split
     mean: Channels
     std: Channels
@@ -56,18 +56,17 @@ _PUBLISHED = {
 }
 
 
-def load(name: str, *, data_dir: str, seed: int) -> DataSet:
-    """Reads a data set and splits off 5 % of its training images for validation.
+def load(name: str, *, data_dir: str) -> DataSet:
+    """Reads a data set.
 
     Args:
       name: one of `recipes.DATASETS`, or folder:PATH, where PATH is a directory, .zip or
         .tar[.gz|.bz2|.xz] with images in train/CLASS/ and test/CLASS/.
       data_dir: where TFDS keeps cifar10, cifar100 and svhn, which are downloaded there once
         (svhn with its 1.2 GiB of extra images, which TFDS fetches too but we do not read).
-      seed: chooses the validation images, at least 0; the test images do not depend on it.
 
     Returns:
-      The data set, in an order that depends on its content and the seed only.
+      The data set, in an order that depends on its content only.
 
     Raises:
       DataError: the data is missing, damaged, cannot be downloaded, or a package is missing.
@@ -90,8 +89,27 @@ def load(name: str, *, data_dir: str, seed: int) -> DataSet:
             f"Data set {name} needs the Python package {error.name or error}; "
             "install it with: pip install 'spherical-optax[examples]'"
         ) from error
-    train, valid = _split_validation(name, train, seed)
-    return DataSet(name, classes, train, valid, test, mean, std, pad, flip)
+    if len(train.labels) < 2:
+        raise DataError(
+            f"Data set {name} has {len(train.labels)} training image; it needs at least 2, "
+            "one to train on and one for validation."
+        )
+    return DataSet(name, classes, train, test, mean, std, pad, flip)
+
+
+def validation_split(total: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sets 5 % of the training images aside for validation, one at least.
+
+    Args:
+      total: number of images, at least 2.
+      seed: chooses them, at least 0.
+
+    Returns:
+      The places of the images to train on, and of those for validation: int32, both ascending.
+    """
+    chosen = np.zeros(total, bool)
+    chosen[np.random.default_rng(seed).permutation(total)[: max(1, total // 20)]] = True
+    return np.flatnonzero(~chosen).astype(np.int32), np.flatnonzero(chosen).astype(np.int32)
 
 
 def augment(key: jax.Array, images: jax.Array, *, pad: int, flip: bool) -> jax.Array:
@@ -125,21 +143,6 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     """Returns (images / 255 - mean) / std in float32, for uint8 [..., 3] and 3 values each."""
     scaled = images.astype(jnp.float32) / 255
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-
-
-def _split_validation(name: str, train: Split, seed: int) -> tuple[Split, Split]:
-    total = len(train.labels)
-    if total < 2:
-        raise DataError(
-            f"Data set {name} has {total} training image; it needs at least 2, "
-            "one to train on and one for validation."
-        )
-    chosen = np.zeros(total, bool)
-    chosen[np.random.default_rng(seed).permutation(total)[: max(1, total // 20)]] = True
-    return (
-        Split(train.images[~chosen], train.labels[~chosen]),
-        Split(train.images[chosen], train.labels[chosen]),
-    )
 
 
 def _statistics(images: np.ndarray) -> tuple[Channels, Channels]:

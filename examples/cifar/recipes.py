@@ -108,6 +108,7 @@ RECIPES: dict[tuple[str, str], dict[str, Recipe]] = {
 
 OPTIMIZERS = ("adams", "adamsrt", "adamw", "adam", "adamg", "sgd", "sgdmrt")
 MODELS = ("resnet18", "resnet20", "vgg16")
+PRECISIONS = ("float32", "bfloat16")
 DATASETS = ("digits", "cifar10", "cifar100", "svhn")  # and folder:PATH
 
 

@@ -1,8 +1,9 @@
-"""The files of a run: metrics.jsonl, summary.json and curves.png."""
+"""The files of a run: arguments.json, metrics.jsonl, summary.json, curves.png and tensorboard/."""
 
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -14,45 +15,91 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tensorboardX import SummaryWriter
 
 from cifar.training import Metrics, Result
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "spherical_optax")
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    _replace(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_metrics(path: Path, history: Sequence[Metrics]) -> None:
+    """Write the epochs so far as lines of JSON, whole or not at all."""
+    _replace(path, "".join(map(_line, history)))
+
+
 def append_metrics(path: Path, metrics: Metrics) -> None:
     """Add one epoch as one line of JSON, in one write, so that no reader sees half a line."""
-    line = json.dumps(metrics._asdict(), allow_nan=False) + "\n"
     with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
+        file.write(_line(metrics).encode())
 
 
-def write_summary(path: Path, arguments: dict[str, Any], result: Result, seconds: float) -> None:
+def open_events(directory: Path, history: Sequence[Metrics]) -> SummaryWriter:
+    """Begin TensorBoard's event file with the epochs so far, in place of what is there.
+
+    It is written in the background, and whole once it is closed.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    writer = SummaryWriter(str(directory), flush_secs=5)
+    for metrics in history:
+        add_events(writer, metrics)
+    return writer
+
+
+def add_events(writer: SummaryWriter, metrics: Metrics) -> None:
+    """Add an epoch's scalars."""
+    for name, value in metrics._asdict().items():
+        if name != "epoch":
+            # Of train/loss and valid/loss, TensorBoard makes a page for train and one for valid.
+            tag = name.replace("train_", "train/").replace("valid_", "valid/")
+            writer.add_scalar(tag, value, metrics.epoch)
+
+
+def write_summary(
+    path: Path,
+    arguments: dict[str, Any],
+    result: Result,
+    history: Sequence[Metrics],
+    *,
+    seconds: float,
+    compile_seconds: float,
+    seeds_at_once: int,
+) -> None:
     """Write the result of a run with what is needed to repeat it, whole or not at all.
 
     Args:
       path: of the JSON file.
-      arguments: the command's arguments, with the values that were used.
+      arguments: what the run was asked for.
       result: figures on the test images.
-      seconds: wall time of the run without loading the data, compilation included.
+      history: its epochs; the images per second of all but the first are averaged.
+      seconds: of training and validation.
+      compile_seconds: of compilation, which comes on top; of the last part of a resumed run.
+      seeds_at_once: how many seeds shared the program, and hence the times.
     """
+    rates = [m.images_per_second for m in history[1:]]
     summary = {
         **result._asdict(),
+        # Every epoch has as many images, so this is all images over all seconds.
+        "images_per_second": len(rates) / sum(1 / rate for rate in rates) if rates else None,
+        "compile_seconds": compile_seconds,
         "seconds": seconds,
+        "seeds_at_once": seeds_at_once,
         "arguments": arguments,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "device": _device(),
         "git_revision": _git_revision(),
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, summary)
 
 
 def draw_curves(
     path: Path,
     history: Sequence[Metrics],
-    result: Result,
+    result: Result | None,
     *,
     title: str,
     schedule: Callable[[int], Any],
@@ -64,7 +111,7 @@ def draw_curves(
     Args:
       path: of the PNG file.
       history: at least one epoch.
-      result: its test accuracy is marked at the best epoch.
+      result: its test accuracy is marked at the best epoch; None in a run that is not finished.
       title: of the picture.
       schedule: the learning rate by optimizer step.
       milestones: the steps at which it is lowered.
@@ -90,16 +137,17 @@ def draw_curves(
     valid_accuracy = [100 * m.valid_accuracy for m in history]
     accuracy_axes.plot(epochs, train_accuracy, label="training", **training)
     accuracy_axes.plot(epochs, valid_accuracy, label="validation", **validation)
-    accuracy_axes.plot(
-        [result.best_epoch],
-        [100 * result.test_accuracy],
-        color="black",
-        linestyle="",
-        marker="*",
-        markeredgecolor="white",
-        markersize=14,
-        label=f"test: {100 * result.test_accuracy:.2f} % (epoch {result.best_epoch})",
-    )
+    if result:
+        accuracy_axes.plot(
+            [result.best_epoch],
+            [100 * result.test_accuracy],
+            color="black",
+            linestyle="",
+            marker="*",
+            markeredgecolor="white",
+            markersize=14,
+            label=f"test: {100 * result.test_accuracy:.2f} % (epoch {result.best_epoch})",
+        )
     accuracy_axes.set_ylabel("accuracy (%)")
 
     lowered = sorted(set(milestones))
@@ -124,6 +172,16 @@ def draw_curves(
     os.replace(temporary, path)
 
 
+def _line(metrics: Metrics) -> str:
+    return json.dumps(metrics._asdict(), allow_nan=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -134,7 +192,8 @@ def _version(package: str) -> str | None:
 def _device() -> str:
     if jax.default_backend() == "cpu":
         return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
-    return f"{jax.default_backend()} ({jax.devices()[0].device_kind})"
+    several = f"{jax.device_count()} x " if jax.device_count() > 1 else ""
+    return f"{jax.default_backend()} ({several}{jax.devices()[0].device_kind})"
 
 
 def _git_revision() -> str | None:

@@ -1,14 +1,18 @@
-"""Training and evaluation: one pure step function, two drivers.
+"""Training and evaluation: one pure step function, compiled for several seeds at once.
 
 The step is a function of (parameters, batch statistics, optimizer state) and of the epoch's order
-and key; it gathers its batch from the data set on the device, augments and normalises it. On a GPU
-the epoch's full batches run as one `lax.scan`; on a CPU, where XLA runs convolutions inside a scan
-some twenty times slower, a Python loop calls the compiled step.
+and key; it gathers its batch from the data set on the devices, augments and normalises it. It is
+mapped over seeds, so every array outside of it has a leading axis of seeds, also when there is one
+seed only (which costs nothing). All arrays are whole on every device of a mesh, whose axis `data`
+shares out the images of a batch.
+
+On a GPU the epoch's full batches run as one `lax.scan`; on a CPU, where XLA runs convolutions
+inside a scan some twenty times slower, a Python loop calls the compiled step.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cifar.data import DataSet, Split, augment, normalise
+from cifar.data import DataSet, Split, augment, normalise, validation_split
 
 EVALUATION_BATCH = 1250  # divides the validation and test splits of CIFAR
 
@@ -30,15 +35,33 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+class Network(NamedTuple):
+    """What an evaluation needs."""
+
+    params: nnx.State
+    batch_stats: nnx.State
+
+
 class Batch(NamedTuple):
-    """Figures of one batch, or of several along a leading axis."""
+    """Figures of one batch, or of several along leading axes."""
 
     loss: jax.Array  # mean cross-entropy in nats, float32
     correct: jax.Array  # number of images, int32
 
 
+class Seeds(NamedTuple):
+    """What the seeds of a program differ in from the outset, along a leading axis."""
+
+    key: jax.Array  # of order and augmentation
+    train: jax.Array  # int32 [seeds, images]: the places of the images to train on
+    valid: jax.Array  # int32 [seeds, images]: those for validation
+
+
 class Metrics(NamedTuple):
-    """Figures of one epoch: losses in nats, accuracies in 0..1, training images per second."""
+    """Figures of one epoch: losses in nats, accuracies in 0..1.
+
+    The training images per second are those of all seeds of the program together.
+    """
 
     epoch: int  # from 1
     learning_rate: float  # of the epoch's first step
@@ -49,17 +72,56 @@ class Metrics(NamedTuple):
     images_per_second: float
 
 
+class Progress(NamedTuple):
+    """Where a run stands, apart from its arrays; the lists have one entry per seed."""
+
+    epoch: int  # the one under way, from 1
+    step: int  # how many of its steps are done
+    loss_sum: list[float]  # over the images of these steps
+    correct: list[int]
+    epoch_seconds: float  # that these steps took
+    seconds: float  # of training and validation since the run began, without compilation
+    history: list[list[Metrics]]
+    best_epoch: list[int]  # 0 if none
+    best_accuracy: list[float]
+    best_loss: list[float]
+    failed: list[str | None]  # why a seed cannot go on: a loss that is NaN or infinite
+
+
+class Run(NamedTuple):
+    """A run at a moment: with its `Seeds`, all that it takes to go on."""
+
+    state: TrainState
+    best: Network  # of the epoch with the best validation accuracy
+    progress: Progress
+
+
 class Result(NamedTuple):
     """Figures on the test images of the network of the epoch with the best validation accuracy."""
 
     test_accuracy: float
     test_loss: float
     best_epoch: int
+
+
+class Trainer(NamedTuple):
+    """The compiled programs of a training. `steps` is of an epoch, `images` of its training."""
+
+    images: int
+    steps: int
+    batch_size: int
     compile_seconds: float
+    shuffle: Callable[[Seeds, int], tuple[jax.Array, jax.Array]]
+    train: Callable[[TrainState, jax.Array, jax.Array, int], tuple[TrainState, Batch]]
+    validate: Callable[[Network, Seeds], tuple[list[float], list[float]]]
+    test: Callable[[Network], tuple[list[float], list[float]]]
+    choose: Callable[[np.ndarray, Network, Network], Network]
 
 
-class NonFiniteLoss(Exception):
-    """A loss became NaN or infinite; the message says which and when."""
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh with one axis, `data`, along which the images of a batch are shared out."""
+    # Under explicit axes, JAX's default, the gradient of Optax's integer-label loss fails.
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -75,19 +137,73 @@ def split_model(
     return graphdef, TrainState(params, batch_stats, tx.init(params))
 
 
-def epoch_order(key: jax.Array, epoch: int | jax.Array, images: int) -> tuple[jax.Array, jax.Array]:
-    """The order of an epoch's images, int32 [images], and the key of its augmentations.
+def start_run(
+    make_model: Callable[[int], nnx.Module],
+    tx: optax.GradientTransformation,
+    seeds: Sequence[int],
+    images: int,
+    mesh: Mesh,
+) -> tuple[nnx.GraphDef, Seeds, Run]:
+    """Begin a run of several seeds.
 
-    Depends on `key` and `epoch` alone, so any epoch can be reproduced without the earlier ones.
+    Args:
+      make_model: gives the model with the initial weights of a seed.
+      tx: the optimizer.
+      seeds: of validation split, initial weights, order and augmentation; at least one.
+      images: number of training images of the data set, those for validation included.
+      mesh: from `make_mesh`.
+    """
+    split = [split_model(make_model(seed), tx) for seed in seeds]
+    # The model's init starts from the seed's own key.
+    keys = [jax.random.key_data(jax.random.split(jax.random.key(seed))[1]) for seed in seeds]
+    places = [validation_split(images, seed) for seed in seeds]
+    # Through NumPy, because only that can be put on the devices of other processes.
+    state, key, train, valid = jax.device_put(
+        jax.tree.map(
+            lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]),
+            *[(s, k, *p) for (_, s), k, p in zip(split, keys, places, strict=True)],
+        ),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    of_seeds = Seeds(jax.random.wrap_key_data(key), train, valid)
+    n = len(seeds)
+    progress = Progress(
+        epoch=1,
+        step=0,
+        loss_sum=[0.0] * n,
+        correct=[0] * n,
+        epoch_seconds=0.0,
+        seconds=0.0,
+        history=[[] for _ in seeds],
+        best_epoch=[0] * n,
+        best_accuracy=[-1.0] * n,
+        best_loss=[0.0] * n,
+        failed=[None] * n,
+    )
+    best = jax.tree.map(jnp.copy, Network(state.params, state.batch_stats))
+    return split[0][0], of_seeds, Run(state, best, progress)
+
+
+def epoch_order(
+    key: jax.Array, epoch: int | jax.Array, places: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """An epoch's training images in their order, int32 [images], and the key of its augmentations.
+
+    Depends on `key`, `epoch` and the `places` of the images alone, so any epoch can be reproduced
+    without the earlier ones.
     """
     shuffle_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
-    return jax.random.permutation(shuffle_key, images), augment_key
+    return jax.random.permutation(shuffle_key, places), augment_key
 
 
 def make_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, data: DataSet, batch_size: int
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    data: DataSet,
+    batch_size: int,
+    mesh: Mesh,
 ) -> Callable[..., tuple[TrainState, Batch]]:
-    """Build the training step `step(state, split, order, key, index, *, size)`.
+    """Build the training step of one seed, `step(state, split, order, key, index, *, size)`.
 
     It takes the batch `index` of an epoch: the `size` images that follow the first
     `index * batch_size` of `order`. It is pure, so it can be jitted, scanned over `index`, and
@@ -98,14 +214,13 @@ def make_step(
       tx: the optimizer.
       data: where augmentation, mean and deviation are read from; its images are not used.
       batch_size: images in a full batch.
+      mesh: the devices that share a batch.
     """
 
     def loss_fn(params, batch_stats, images, labels):
         model = nnx.merge(graphdef, params, batch_stats, copy=True)
-        logits = model(images, train=True)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
-        return loss, (correct, nnx.state(model, nnx.BatchStat))
+        losses, correct = _losses(model(images, train=True), labels)
+        return losses.mean(), (correct.sum(dtype=jnp.int32), nnx.state(model, nnx.BatchStat))
 
     def step(
         state: TrainState,
@@ -116,14 +231,14 @@ def make_step(
         *,
         size: int = batch_size,
     ) -> tuple[TrainState, Batch]:
-        chosen = jax.lax.dynamic_slice_in_dim(order, index * batch_size, size)
+        chosen = _share(jax.lax.dynamic_slice_in_dim(order, index * batch_size, size), mesh)
         images = augment(
             jax.random.fold_in(key, index), split.images[chosen], pad=data.pad, flip=data.flip
         )
         (loss, (correct, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params,
             state.batch_stats,
-            normalise(images, data.mean, data.std),
+            _share(normalise(images, data.mean, data.std), mesh),
             split.labels[chosen],
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -133,198 +248,272 @@ def make_step(
     return step
 
 
-def make_epoch(
-    step: Callable[..., tuple[TrainState, Batch]],
+def compile_trainer(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    data: DataSet,
+    seeds: Seeds,
     state: TrainState,
-    split: Split,
     *,
     batch_size: int,
-    key: jax.Array,
-    driver: str,
-) -> Callable[..., tuple[TrainState, float, float]]:
-    """Compile `step`, and build `run(state, epoch, on_batch=None)` that trains for one epoch.
+    mesh: Mesh,
+    driver: str | None = None,
+) -> Trainer:
+    """Compile all that a training runs; the data set is moved to the devices once.
 
-    `run` uses every image once, donates the buffers of `state`, and returns the new state with the
-    epoch's mean loss and accuracy. It calls `on_batch(images, loss, accuracy)` at the start, with
-    zeros, and then with the figures so far: after each step with the driver "loop", and with "scan"
-    after the full batches and after the incomplete one. It raises `NonFiniteLoss` as soon as it
-    sees one.
+    The programs serve for any run with as many seeds.
 
     Args:
-      step: from `make_step`, with the same `batch_size`.
-      state: the state's shapes.
-      split: the training images and labels, on the device.
-      batch_size: at most the number of images.
-      key: of the order and the augmentations.
-      driver: "loop" or "scan".
+      graphdef: of a model that is called as `model(images, train=...)` on float images
+        [n, 32, 32, 3].
+      tx: the optimizer, its learning rate included.
+      data: the data set.
+      seeds: from `start_run`.
+      state: from `start_run`, for its shapes.
+      batch_size: from 1 to the number of training images; an epoch's last batch may be smaller.
+      mesh: from `make_mesh`. A batch that its devices do not divide is computed whole on each.
+      driver: "scan" (an epoch's full batches in one call) or "loop" (one call per step); by default
+        "loop" on a CPU and "scan" elsewhere.
     """
-    images = len(split.labels)
+    began = time.perf_counter()
+    driver = driver or ("loop" if jax.default_backend() == "cpu" else "scan")
+    whole = NamedSharding(mesh, PartitionSpec())
+    train_split, test_split = jax.device_put((data.train, data.test), whole)
+    images = seeds.train.shape[1]
     full, rest = divmod(images, batch_size)
 
-    def scan(state, split, order, key):
-        return jax.lax.scan(lambda s, i: step(s, split, order, key, i), state, jnp.arange(full))
+    def compiled(function, *args, donate=()):
+        return jax.jit(function, donate_argnums=donate, out_shardings=whole).lower(*args).compile()
 
-    def last(state, split, order, key):
-        return step(state, split, order, key, full, size=rest)
+    def shuffled(seeds, epoch):
+        return jax.vmap(epoch_order, (0, None, 0))(seeds.key, epoch, seeds.train)
 
-    order_of = jax.jit(lambda epoch: epoch_order(key, epoch, images)).lower(0).compile()
-    args = (state, split, *order_of(0))
-    if driver == "scan":
-        run_full = jax.jit(scan, donate_argnums=0).lower(*args).compile()
-    else:
-        run_full = jax.jit(step, donate_argnums=0).lower(*args, 0).compile()
-    run_last = jax.jit(last, donate_argnums=0).lower(*args).compile() if rest else None
+    step = make_step(graphdef, tx, data, batch_size, mesh)
+    map_step = jax.vmap(step, (0, None, 0, 0, None))
 
-    def run(
-        state: TrainState,
-        epoch: int,
-        on_batch: Callable[[int, float, float], None] | None = None,
-    ) -> tuple[TrainState, float, float]:
-        order, augment_key = order_of(epoch)
-        seen, loss_sum, correct = 0, 0.0, 0
-        if on_batch:
-            on_batch(0, 0.0, 0.0)
+    def scan(state, split, order, key, index):
+        del index  # always the first
 
-        def account(batch: Batch, size: int) -> None:
-            nonlocal seen, loss_sum, correct
-            losses, corrects = np.atleast_1d(*jax.device_get(batch))
-            bad = np.flatnonzero(~np.isfinite(losses))
-            if bad.size:
-                index = seen // batch_size + int(bad[0])
-                raise NonFiniteLoss(
-                    f"the training loss is {losses[bad[0]]} at step {index + 1} of epoch {epoch}"
-                )
-            seen += size * len(losses)
-            loss_sum += size * float(losses.sum(dtype=np.float64))
-            correct += int(corrects.sum())
-            if on_batch:
-                on_batch(seen, loss_sum / seen, correct / seen)
+        def body(state, i):
+            return map_step(state, split, order, key, i)
 
-        if driver == "scan":
-            state, batches = run_full(state, split, order, augment_key)
-            account(batches, batch_size)
-        else:
-            for index in range(full):
-                state, batch = run_full(state, split, order, augment_key, index)
-                account(batch, batch_size)
-        if run_last:
-            state, batch = run_last(state, split, order, augment_key)
-            account(batch, rest)
-        return state, loss_sum / images, correct / images
+        return jax.lax.scan(body, state, jnp.arange(full))
 
-    return run
+    def last(state, split, order, key, index):
+        def step_of_rest(*args):
+            return step(*args, size=rest)
+
+        return jax.vmap(step_of_rest, (0, None, 0, 0, None))(state, split, order, key, index)
+
+    shuffle = compiled(shuffled, seeds, 0)
+    args = (state, train_split, *shuffle(seeds, 0), 0)
+    run_full = compiled(scan if driver == "scan" else map_step, *args, donate=0)
+    run_last = compiled(last, *args, donate=0) if rest else None
+
+    def train(state, order, key, index):
+        program = run_full if index < full else run_last
+        return program(state, train_split, order, key, index)
+
+    def choose(better, new, old):
+        def of_leaf(new, old):
+            return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        return jax.tree.map(of_leaf, new, old)
+
+    network = Network(state.params, state.batch_stats)
+    count = len(seeds.key), len(data.test.labels)
+    everything = jax.device_put(np.broadcast_to(np.arange(count[1], dtype=np.int32), count), whole)
+    validate = _compile_evaluation(graphdef, data, network, train_split, seeds.valid, mesh)
+    test = _compile_evaluation(graphdef, data, network, test_split, everything, mesh)
+    return Trainer(
+        images=images,
+        steps=steps_per_epoch(images, batch_size),
+        batch_size=batch_size,
+        compile_seconds=time.perf_counter() - began,
+        shuffle=shuffle,
+        train=train,
+        validate=lambda network, seeds: validate(network, seeds.valid),
+        test=lambda network: test(network, everything),
+        choose=compiled(choose, np.ones(count[0], bool), network, network, donate=2),
+    )
 
 
-def make_evaluation(
-    graphdef: nnx.GraphDef, state: TrainState, split: Split, data: DataSet, *, batch_size: int
-) -> Callable[[nnx.State, nnx.State], tuple[float, float]]:
-    """Compile an evaluation with running statistics, `evaluate(params, batch_stats)`.
+def _compile_evaluation(
+    graphdef: nnx.GraphDef,
+    data: DataSet,
+    network: Network,
+    split: Split,
+    places: jax.Array,
+    mesh: Mesh,
+) -> Callable[[Network, jax.Array], tuple[list[float], list[float]]]:
+    """An evaluation with running statistics of `places` of `split`: mean loss and accuracy."""
+    count = places.shape[1]
+    batch_size = min(EVALUATION_BATCH, max(64, count))
+    batch_size += -batch_size % mesh.size
 
-    It returns the mean loss and the accuracy over `split`, each image once.
-
-    Args:
-      graphdef: of a model that is called as `model(images, train=False)`.
-      state: the state's shapes.
-      split: the images and labels to evaluate on, on the device.
-      data: where mean and deviation are read from.
-      batch_size: images at a time; the last batch is padded, and its padding masked.
-    """
-    count = len(split.labels)
-
-    def sums(params, batch_stats, split, start):
+    def sums(network, split, places, start):
         wanted = start + jnp.arange(batch_size)
-        chosen = jnp.minimum(wanted, count - 1)
-        labels = split.labels[chosen]
-        model = nnx.merge(graphdef, params, batch_stats, copy=True)
-        logits = model(normalise(split.images[chosen], data.mean, data.std), train=False)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        correct = jnp.argmax(logits, axis=-1) == labels
-        real = wanted < count
+        chosen = _share(places[jnp.minimum(wanted, count - 1)], mesh)
+        model = nnx.merge(graphdef, *network, copy=True)
+        images = _share(normalise(split.images[chosen], data.mean, data.std), mesh)
+        losses, correct = _losses(model(images, train=False), split.labels[chosen])
+        real = wanted < count  # the last batch is padded
         return jnp.sum(losses, where=real), jnp.sum(correct, where=real, dtype=jnp.int32)
 
-    compiled = jax.jit(sums).lower(state.params, state.batch_stats, split, 0).compile()
+    mapped = jax.jit(
+        jax.vmap(sums, (0, None, 0, None)), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+    compiled = mapped.lower(network, split, places, 0).compile()
 
-    def evaluate(params: nnx.State, batch_stats: nnx.State) -> tuple[float, float]:
+    def evaluate(network: Network, places: jax.Array) -> tuple[list[float], list[float]]:
         starts = range(0, count, batch_size)
-        parts = jax.device_get([compiled(params, batch_stats, split, start) for start in starts])
-        loss_sum = sum(float(loss) for loss, _ in parts)
-        return loss_sum / count, sum(int(correct) for _, correct in parts) / count
+        parts = jax.device_get([compiled(network, split, places, start) for start in starts])
+        losses = np.sum([loss for loss, _ in parts], axis=0, dtype=np.float64)
+        corrects = np.sum([correct for _, correct in parts], axis=0)
+        return (losses / count).tolist(), (corrects / count).tolist()
 
     return evaluate
 
 
 def fit(
-    model: nnx.Module,
-    tx: optax.GradientTransformation,
-    data: DataSet,
+    trainer: Trainer,
+    seeds: Seeds,
+    run: Run,
     *,
-    schedule: optax.Schedule,
     epochs: int,
-    batch_size: int,
-    seed: int,
-    driver: str | None = None,
-    on_batch: Callable[[int, float, float], None] | None = None,
-    on_epoch: Callable[[Metrics], None] | None = None,
-) -> Result:
-    """Train, and test the network of the epoch with the best validation accuracy.
+    schedule: optax.Schedule,
+    on_batch: Callable[[Progress], None] | None = None,
+    on_epoch: Callable[[Run], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Run:
+    """Train from where `run` stands to the end, or until `stop` says so.
 
-    Of several such epochs the one with the lowest validation loss counts: on a small validation
-    set many epochs share the best accuracy.
+    It uses every image once in an epoch, and donates the buffers of `run`. Of the epochs with the
+    best validation accuracy it keeps the network of that with the lowest validation loss: on a
+    small validation set many epochs share the best accuracy. A seed whose training or validation
+    loss is NaN or infinite is marked as failed; the training ends when all seeds are.
 
     Args:
-      model: called as `model(images, train=...)` on float images [n, 32, 32, 3].
-      tx: the optimizer, its learning rate included.
-      data: the data set; its images and labels are moved to the device once.
-      schedule: the learning rate that `tx` uses, for the metrics.
+      trainer: from `compile_trainer`.
+      seeds: from `start_run`.
+      run: from `start_run`, or a later one with the same seeds.
       epochs: at least 1.
-      batch_size: from 1 to the number of training images; an epoch's last batch may be smaller.
-      seed: of order and augmentation.
-      driver: "scan" (one call per epoch) or "loop" (one call per step); by default "loop" on a
-        CPU and "scan" elsewhere.
-      on_batch: called with the images, mean loss and accuracy so far, from each epoch's start on.
-      on_epoch: called with each epoch's metrics.
-
-    Raises:
-      NonFiniteLoss: when the training or validation loss is NaN or infinite.
+      schedule: the learning rate that the optimizer uses, for the metrics.
+      on_batch: called at each epoch's start and after each call of a program, with the figures so
+        far.
+      on_epoch: called after each epoch, with the run as it then stands.
+      stop: asked before each call of a program; the run that is returned can be continued.
     """
-    driver = driver or ("loop" if jax.default_backend() == "cpu" else "scan")
-    start = time.perf_counter()
-    train, valid, test = jax.device_put((data.train, data.valid, data.test))
-    graphdef, state = split_model(model, tx)
-    key = jax.random.split(jax.random.key(seed))[1]  # not the key that a model's init starts from
-    step = make_step(graphdef, tx, data, batch_size)
-    run_epoch = make_epoch(step, state, train, batch_size=batch_size, key=key, driver=driver)
-    size = min(EVALUATION_BATCH, max(64, len(valid.labels)))
-    validate = make_evaluation(graphdef, state, valid, data, batch_size=size)
-    run_test = make_evaluation(graphdef, state, test, data, batch_size=size)
-    compile_seconds = time.perf_counter() - start
+    state, best, progress = run
+    while progress.epoch <= epochs and not all(progress.failed):
+        order, key = trainer.shuffle(seeds, progress.epoch)
+        if on_batch:
+            on_batch(progress)
+        while progress.step < trainer.steps:
+            if stop and stop():
+                return Run(state, best, progress)
+            began = time.perf_counter()
+            state, batches = trainer.train(state, order, key, progress.step)
+            progress = _after_batches(progress, jax.device_get(batches), trainer, began)
+            if all(progress.failed):
+                return Run(state, best, progress)
+            if on_batch:
+                on_batch(progress)
 
-    steps = steps_per_epoch(len(train.labels), batch_size)
-    best, best_epoch, best_figures = (state.params, state.batch_stats), 0, (-1.0, 0.0)
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
-        state, train_loss, train_accuracy = run_epoch(state, epoch, on_batch)
-        seconds = time.perf_counter() - start
-        valid_loss, valid_accuracy = validate(state.params, state.batch_stats)
-        if not math.isfinite(valid_loss):
-            raise NonFiniteLoss(f"the validation loss is {valid_loss} after epoch {epoch}")
-        figures = (valid_accuracy, -valid_loss)
-        if figures > best_figures:
-            # Copied, because the next step donates these buffers.
-            best = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
-            best_epoch, best_figures = epoch, figures
+        began = time.perf_counter()
+        network = Network(state.params, state.batch_stats)
+        losses, accuracies = trainer.validate(network, seeds)
+        progress, better = _after_epoch(progress, losses, accuracies, trainer, schedule)
+        if any(better):
+            best = trainer.choose(np.array(better), network, best)
+        progress = progress._replace(seconds=progress.seconds + time.perf_counter() - began)
         if on_epoch:
-            on_epoch(
-                Metrics(
-                    epoch=epoch,
-                    # Rounded to what float32 holds: 0.001 and not 0.0010000000474974513.
-                    learning_rate=float(f"{schedule((epoch - 1) * steps):.6g}"),
-                    train_loss=train_loss,
-                    train_accuracy=train_accuracy,
-                    valid_loss=valid_loss,
-                    valid_accuracy=valid_accuracy,
-                    images_per_second=len(train.labels) / seconds,
-                )
-            )
-    test_loss, test_accuracy = run_test(*best)
-    return Result(test_accuracy, test_loss, best_epoch, compile_seconds)
+            on_epoch(Run(state, best, progress))
+    return Run(state, best, progress)
+
+
+def _after_batches(progress: Progress, batches: Batch, trainer: Trainer, began: float) -> Progress:
+    """Add the figures of one call, of each seed or of each step and seed."""
+    losses, corrects = np.atleast_2d(*batches)
+    size = min(trainer.batch_size, trainer.images - progress.step * trainer.batch_size)
+    failed = list(progress.failed)
+    for seed in np.flatnonzero(~np.isfinite(losses).all(axis=0)):
+        step = int(np.argmin(np.isfinite(losses[:, seed])))
+        failed[seed] = failed[seed] or (
+            f"the training loss is {losses[step, seed]} at step {progress.step + step + 1} "
+            f"of epoch {progress.epoch}"
+        )
+    seconds = time.perf_counter() - began
+    loss_sums = size * losses.sum(axis=0, dtype=np.float64)
+    return progress._replace(
+        step=progress.step + len(losses),
+        loss_sum=(progress.loss_sum + loss_sums).tolist(),
+        correct=(progress.correct + corrects.sum(axis=0)).tolist(),
+        epoch_seconds=progress.epoch_seconds + seconds,
+        seconds=progress.seconds + seconds,
+        failed=failed,
+    )
+
+
+def _after_epoch(
+    progress: Progress,
+    losses: list[float],
+    accuracies: list[float],
+    trainer: Trainer,
+    schedule: optax.Schedule,
+) -> tuple[Progress, list[bool]]:
+    """Add an epoch's line to each seed's history; tells also which seeds became better."""
+    epoch, n = progress.epoch, len(losses)
+    better = [False] * n
+    lists = {name: list(getattr(progress, name)) for name in _LISTS}
+    for i, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True)):
+        if lists["failed"][i]:
+            continue
+        if not math.isfinite(loss):
+            lists["failed"][i] = f"the validation loss is {loss} after epoch {epoch}"
+            continue
+        better[i] = (accuracy, -loss) > (lists["best_accuracy"][i], -lists["best_loss"][i])
+        if better[i]:
+            lists["best_epoch"][i] = epoch
+            lists["best_accuracy"][i], lists["best_loss"][i] = accuracy, loss
+        metrics = Metrics(
+            epoch=epoch,
+            # Rounded to what float32 holds: 0.001 and not 0.0010000000474974513.
+            learning_rate=float(f"{schedule((epoch - 1) * trainer.steps):.6g}"),
+            train_loss=progress.loss_sum[i] / trainer.images,
+            train_accuracy=progress.correct[i] / trainer.images,
+            valid_loss=loss,
+            valid_accuracy=accuracy,
+            images_per_second=n * trainer.images / progress.epoch_seconds,
+        )
+        lists["history"][i] = [*lists["history"][i], metrics]
+    done = {"epoch": epoch + 1, "step": 0, "epoch_seconds": 0.0}
+    empty = {"loss_sum": [0.0] * n, "correct": [0] * n}
+    return progress._replace(**done, **empty, **lists), better
+
+
+_LISTS = ("history", "best_epoch", "best_accuracy", "best_loss", "failed")
+
+
+def results(trainer: Trainer, run: Run) -> list[Result | None]:
+    """Test each seed's best network; None for a seed that failed."""
+    losses, accuracies = trainer.test(run.best)
+    return [
+        None if failed else Result(accuracy, loss, epoch)
+        for failed, accuracy, loss, epoch in zip(
+            run.progress.failed, accuracies, losses, run.progress.best_epoch, strict=True
+        )
+    ]
+
+
+def _losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of each image in nats, in float32 at least, and whether it is right."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses, jnp.argmax(logits, axis=-1) == labels
+
+
+def _share(batch: jax.Array, mesh: Mesh) -> jax.Array:
+    """Share a batch out among the devices, or leave it whole on each if they do not divide it."""
+    spec = PartitionSpec("data") if len(batch) % mesh.size == 0 else PartitionSpec()
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))

@@ -1,0 +1,359 @@
+"""A run's life: its directory, its checkpoints, and the way to its summary."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from cifar import checkpoints, report, training
+from cifar.data import DataSet
+from cifar.processes import leads, make_stop
+from cifar.signals import Stopped, StopSignals
+
+ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
+
+
+class Job(NamedTuple):
+    """What the runs of one command have in common."""
+
+    arguments: dict[str, Any]  # that decide the outcome; `seed` is the first of `seeds`
+    output: Path | None
+    resume: bool
+    tensorboard: bool
+    images: DataSet
+    make_model: Callable[[int], nnx.Module]  # with the initial weights of a seed
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    milestones: Sequence[int]
+    steps_per_epoch: int
+    mesh: Mesh
+    signals: StopSignals
+
+
+class OutputError(Exception):
+    """The output directory cannot be used; the message says why."""
+
+
+def check_output(output: Path, arguments: dict[str, Any], *, resume: bool) -> None:
+    """Look whether a directory can be written, and is free or holds the same run to go on with.
+
+    Touches nothing.
+
+    Raises:
+      OutputError: if not.
+    """
+    existing = next(p for p in (output, *output.absolute().parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise OutputError(f"cannot write to {output}: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write to {output}: no permission to write in {existing}")
+    try:
+        found = json.loads((output / ARGUMENTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if os.path.lexists(output / METRICS):
+            raise OutputError(f"{output} holds a run that did not begin here") from None
+        return
+    except ValueError as error:
+        raise OutputError(f"{output / ARGUMENTS} is damaged: {error}") from error
+    if not resume:
+        raise OutputError(
+            f"{output} already holds a run: go on with it (--resume), name another --output, "
+            "or move it away"
+        )
+    names = [name for name in {**found, **arguments} if found.get(name) != arguments.get(name)]
+    if names:
+        differences = (f"{n} {found.get(n)} and not {arguments.get(n)}" for n in names)
+        raise OutputError(f"{output} holds a run with {', '.join(differences)}")
+
+
+def claim_output(output: Path, arguments: dict[str, Any]) -> IO[bytes]:
+    """Make the directory and write the arguments; the file that is returned holds the lock on it.
+
+    Raises:
+      OutputError: another process is at work there, or the directory cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("wb")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"another process is at work in {output}") from error
+    except OSError as error:
+        raise OutputError(f"cannot create {output}: {error.strerror}") from error
+    report.write_json(output / ARGUMENTS, arguments)
+    return lock
+
+
+def run_directories(output: Path | None, arguments: dict[str, Any]) -> dict[int, Path | None]:
+    """Where each seed's files are: in `output`, or one level below if there are several seeds."""
+    first, count = arguments["seed"], arguments["seeds"]
+    if output is None or count == 1:
+        return dict.fromkeys(range(first, first + count), output)
+    return {seed: output / f"seed-{seed}" for seed in range(first, first + count)}
+
+
+def is_finished(directory: Path | None) -> bool:
+    """Whether a run has come to its end here."""
+    return directory is not None and (directory / SUMMARY).exists()
+
+
+def train(job: Job, groups: Sequence[Sequence[int]]) -> bool:
+    """Train all seeds, those of a group at once; groups of the same size share the compilation.
+
+    Returns:
+      Whether no seed failed. What failed has been said; the others have their summaries.
+
+    Raises:
+      Stopped: by a signal, after writing a checkpoint.
+    """
+    directories = run_directories(job.output, job.arguments)
+    trainer, accuracies, failed = None, [], False
+    for seeds in groups:
+        if all(is_finished(directories[seed]) for seed in seeds):
+            found = [json.loads((directories[seed] / SUMMARY).read_text()) for seed in seeds]
+            accuracies += [summary["test_accuracy"] for summary in found]
+            say(f"{_name(job, seeds)}finished before.")
+            continue
+        of_group = {seed: directories[seed] for seed in seeds}
+        trainer, results = _train_group(job, of_group, trainer)
+        accuracies += [result.test_accuracy for result in results if result]
+        failed |= None in results
+    if len(accuracies) > 1:
+        say(
+            f"Test accuracy {np.mean(accuracies):.2%} ± {100 * np.std(accuracies, ddof=1):.2f} "
+            f"(standard deviation) of {len(accuracies)} seeds."
+        )
+    return not failed
+
+
+def say(text: str, *, file: IO[str] | None = None) -> None:
+    """Print a line above the progress bar, in the leading process."""
+    if leads():
+        tqdm.write(text, file=file or sys.stdout)
+        sys.stdout.flush()
+
+
+def _train_group(
+    job: Job, directories: dict[int, Path | None], trainer: training.Trainer | None
+) -> tuple[training.Trainer, list[training.Result | None]]:
+    """Train some seeds at once; gives the programs back, and None for a seed that failed."""
+    seeds, epochs = list(directories), job.arguments["epochs"]
+    images = len(job.images.train.labels)
+    graphdef, of_seeds, run = training.start_run(job.make_model, job.tx, seeds, images, job.mesh)
+    with ExitStack() as stack:
+        manager = None
+        if job.output:
+            place = directories[seeds[0]] if len(seeds) < job.arguments["seeds"] else job.output
+            manager = checkpoints.open_checkpoints(place / "checkpoints")
+            stack.callback(checkpoints.close, manager)
+        if manager and job.resume:
+            run = _restore(manager, run, _name(job, seeds))
+        records = [
+            _begin_files(job, seed, directory, history, stack)
+            for (seed, directory), history in zip(
+                directories.items(), run.progress.history, strict=True
+            )
+        ]
+        show = stack.enter_context(_progress_bar(job, of_seeds, _name(job, seeds)))
+        trainer = trainer or training.compile_trainer(
+            graphdef,
+            job.tx,
+            job.images,
+            of_seeds,
+            run.state,
+            batch_size=job.arguments["batch_size"],
+            mesh=job.mesh,
+        )
+
+        def save(run: training.Run) -> None:
+            step = (run.progress.epoch - 1) * trainer.steps + run.progress.step
+            arrays = {"state": run.state, "best": run.best}
+            checkpoints.save(manager, step, arrays, run.progress._asdict())
+
+        def on_epoch(run: training.Run) -> None:
+            epoch, histories = run.progress.epoch - 1, run.progress.history
+            latest = []
+            for history, record in zip(histories, records, strict=True):
+                if history and history[-1].epoch == epoch:  # else this seed has failed
+                    record(history[-1])
+                    latest.append(history[-1])
+            if latest:
+                say(_name(job, seeds) + _line(latest, epochs))
+            # Epochs may be shorter than a save; several processes must decide alike.
+            busy = jax.process_count() == 1 and manager and manager.is_saving_in_progress()
+            if manager and (not busy or epoch == epochs):
+                save(run)
+
+        with job.signals.defer():
+            run = training.fit(
+                trainer,
+                of_seeds,
+                run,
+                epochs=epochs,
+                schedule=job.schedule,
+                on_batch=show,
+                on_epoch=on_epoch,
+                stop=make_stop(job.signals),
+            )
+            finished = run.progress.epoch > epochs or all(run.progress.failed)
+            if manager and not finished:
+                save(run)
+        results = training.results(trainer, run) if finished else [None] * len(seeds)
+    for i, (seed, directory) in enumerate(directories.items()):
+        _finish(job, seed, directory, i, run, results[i], trainer)
+    if not finished:
+        raise Stopped(job.signals.requested or signal.SIGTERM, at_once=False)
+    return trainer, results
+
+
+def _finish(
+    job: Job,
+    seed: int,
+    directory: Path | None,
+    place: int,
+    run: training.Run,
+    result: training.Result | None,
+    trainer: training.Trainer,
+) -> None:
+    """Write the picture and, if the run at this place among its seeds came to its end, the rest."""
+    name, progress = _name(job, [seed]), run.progress
+    history, failure = progress.history[place], progress.failed[place]
+    if failure:
+        rate = job.arguments["learning_rate"]
+        say(f"{name}stopped: {failure}: lower --learning_rate ({rate:g})", file=sys.stderr)
+    if directory and history and leads():
+        a = job.arguments
+        report.draw_curves(
+            directory / "curves.png",
+            history,
+            result,
+            title=f"{a['model']} on {a['dataset']} with {a['optimizer']}, seed {seed}",
+            schedule=job.schedule,
+            milestones=job.milestones,
+            steps_per_epoch=job.steps_per_epoch,
+        )
+        if result:
+            report.write_summary(
+                directory / SUMMARY,
+                _of_seed(job, seed),
+                result,
+                history,
+                seconds=progress.seconds,
+                compile_seconds=trainer.compile_seconds,
+                seeds_at_once=len(progress.history),
+            )
+    if result:
+        say(
+            f"{name}Test accuracy {result.test_accuracy:.2%} (loss {result.test_loss:.4f}) with "
+            f"epoch {result.best_epoch}, the best in validation; {progress.seconds:.0f} s, and "
+            f"{trainer.compile_seconds:.0f} s of compilation."
+        )
+
+
+def _restore(manager: ocp.CheckpointManager, run: training.Run, name: str) -> training.Run:
+    """The run as it stood at the last readable checkpoint; at the first step if there is none."""
+
+    def warn(text: str) -> None:
+        say(f"warning: {text}", file=sys.stderr)
+
+    try:
+        found = checkpoints.restore(manager, {"state": run.state, "best": run.best}, warn=warn)
+    except ValueError as error:
+        raise OutputError(str(error)) from error
+    if found is None:
+        return run
+    arrays, saved = found
+    history = [[training.Metrics(*line) for line in lines] for lines in saved.pop("history")]
+    progress = training.Progress(**saved, history=history)
+    after = f" after {progress.step} of its steps" if progress.step else ""
+    say(f"{name}going on in epoch {progress.epoch}{after}.")
+    return training.Run(arrays["state"], arrays["best"], progress)
+
+
+def _begin_files(
+    job: Job,
+    seed: int,
+    directory: Path | None,
+    history: Sequence[training.Metrics],
+    stack: ExitStack,
+) -> Callable[[training.Metrics], None]:
+    """Write what there is of a run so far; gives the function that adds an epoch."""
+    if directory is None or not leads():
+        return lambda metrics: None
+    directory.mkdir(exist_ok=True)
+    if job.arguments["seeds"] > 1:
+        report.write_json(directory / ARGUMENTS, _of_seed(job, seed))
+    # Epochs after the checkpoint that the run goes on from will be run again.
+    report.write_metrics(directory / METRICS, history)
+    events = None
+    if job.tensorboard:
+        events = report.open_events(directory / "tensorboard", history)
+        stack.callback(events.close)
+
+    def record(metrics: training.Metrics) -> None:
+        report.append_metrics(directory / METRICS, metrics)
+        if events:
+            report.add_events(events, metrics)
+
+    return record
+
+
+def _of_seed(job: Job, seed: int) -> dict[str, Any]:
+    """The arguments that give one seed's run when it is alone."""
+    return {k: v for k, v in job.arguments.items() if k != "seeds"} | {"seed": seed}
+
+
+def _name(job: Job, seeds: Sequence[int]) -> str:
+    """What a line about a seed starts with, where there are others."""
+    return f"seed {seeds[0]}: " if len(seeds) == 1 < job.arguments["seeds"] else ""
+
+
+def _line(latest: Sequence[training.Metrics], epochs: int) -> str:
+    """An epoch in words, the mean of several seeds."""
+    m = training.Metrics(*np.mean(latest, axis=0).tolist())
+    seeds = f" (means of {len(latest)} seeds)" if len(latest) > 1 else ""
+    return (
+        f"epoch {m.epoch:.0f}/{epochs}: train {m.train_accuracy:.2%} (loss {m.train_loss:.4f}), "
+        f"validation {m.valid_accuracy:.2%} (loss {m.valid_loss:.4f}), "
+        f"{m.images_per_second:.0f} images/s{seeds}"
+    )
+
+
+@contextmanager
+def _progress_bar(
+    job: Job, of_seeds: training.Seeds, name: str
+) -> Generator[Callable[[training.Progress], None], None, None]:
+    """A bar over the images of an epoch; gives the function that shows where a run stands."""
+    seeds, images = of_seeds.train.shape
+    hidden = None if leads() else True  # None: hidden where stderr is not a terminal
+    with tqdm(total=images, desc="compiling", unit="img", leave=False, disable=hidden) as bar:
+
+        def show(progress: training.Progress) -> None:
+            seen = min(images, progress.step * job.arguments["batch_size"])
+            if seen <= bar.n:
+                bar.reset()
+            bar.set_description(
+                f"{name}epoch {progress.epoch}/{job.arguments['epochs']}", refresh=False
+            )
+            if seen:
+                loss = sum(progress.loss_sum) / (seeds * seen)
+                accuracy = sum(progress.correct) / (seeds * seen)
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
+            bar.update(seen - bar.n)
+
+        yield show

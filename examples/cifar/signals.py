@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM: at once, or at the next point where a run can be cut and continued."""
+
+import os
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(BaseException):
+    """A signal asked for the end; as KeyboardInterrupt, it is not an `Exception`."""
+
+    def __init__(self, signum: int, *, at_once: bool):
+        super().__init__(signum)
+        self.signum = signum
+        self.at_once = at_once  # else at a step, where every process stops
+
+
+class StopSignals:
+    """What the handler does, and what it has seen.
+
+    Attributes:
+      deferred: while it is set, the first signal is only noted in `requested`.
+      requested: the number of the signal that came while it was set, or 0. A request is also safer
+        than an exception: this gets lost where Python runs inside a callback of compiled code.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.requested = 0
+
+    @contextmanager
+    def defer(self) -> Generator[None, None, None]:
+        """Defers a signal within the context."""
+        before, self.deferred = self.deferred, True
+        try:
+            yield
+        finally:
+            self.deferred = before
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Raises `Stopped`, or notes a first signal if it is to be deferred."""
+        if not self.deferred or self.requested:
+            raise Stopped(signum, at_once=True)
+        self.requested = signum
+        if signum == signal.SIGINT:
+            # Not `print`: a handler may run in the middle of another print.
+            os.write(2, b"\nstopping at the next step; Ctrl-C again stops at once\n")
+
+
+@contextmanager
+def stop_signals() -> Generator[StopSignals, None, None]:
+    """Handles SIGINT and SIGTERM within the context."""
+    signals = StopSignals()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, signals.handle) for number in numbers]
+    try:
+        yield signals
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,459 @@
+"""A run's life: stopped, killed and resumed, several seeds, its directory and its files."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+import train_cifar
+from cifar import data, models, runs, training
+from tiny import Tiny, make_data
+
+COMMAND = Path(__file__).with_name("tiny_command.py")
+SAYS = runs.say
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """Trains the tiny network on tiny images, on one device."""
+    make_mesh = training.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "resnet20", Tiny)
+        patch.setattr(data, "load", lambda *_, **__: make_data(pad=2, flip=True))
+        patch.setattr(training, "make_mesh", lambda devices: make_mesh(devices[:1]))
+        yield
+
+
+def train(output: Path, *options: str) -> int:
+    arguments = f"--epochs 4 --batch_size 5 --seed 2 --output {output}".split()
+    return train_cifar.main([*arguments, *options])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The output of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert train(output) == 0
+    return output
+
+
+def figures(output: Path) -> tuple:
+    """What does not depend on the clock."""
+    summary = json.loads((output / "summary.json").read_text())
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["images_per_second"]
+    names = ("test_accuracy", "test_loss", "best_epoch", "arguments")
+    return [summary[name] for name in names], lines
+
+
+def last_arrays(output: Path) -> dict[str, np.ndarray]:
+    """The arrays of the newest checkpoint, read by Orbax alone."""
+    newest = max((p for p in (output / "checkpoints").iterdir()), key=lambda p: int(p.name))
+    tree = ocp.StandardCheckpointer().restore((newest / "arrays").absolute())
+    return {
+        jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)
+    }
+
+
+def assert_same_end(output: Path, whole: Path) -> None:
+    assert figures(output) == figures(whole)
+    found, expected = last_arrays(output), last_arrays(whole)
+    assert found.keys() == expected.keys() and any("opt_state" in name for name in found)
+    for name in found:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def drop_last(output: Path, drop: Callable[[Path], None]) -> int:
+    """Do away with the newest checkpoint; gives the epoch that follows the one before.
+
+    While one is written no other is begun, so this is any earlier epoch.
+    """
+    before, newest = sorted((output / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    drop(newest)
+    return int(before.name) // 5 + 1
+
+
+def signal_at(monkeypatch, text: str, signum: int) -> None:
+    """Send a signal to this process when a line with this text is printed."""
+
+    def say(line, **kwargs):
+        SAYS(line, **kwargs)
+        if text in line:
+            signal.raise_signal(signum)
+
+    monkeypatch.setattr(runs, "say", say)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_writes_a_checkpoint_and_resuming_goes_on(
+    signum, code, whole, tmp_path, monkeypatch, capfd
+):
+    output = tmp_path / "run"
+    before = signal.getsignal(signum)
+    signal_at(monkeypatch, "epoch 2/4", signum)
+    assert train(output) == code
+    assert signal.getsignal(signum) is before
+    how = {143: "terminated", 130: "interrupted"}[code]
+    end = f"train_cifar.py: {how}; --resume goes on with what is in {output}\n"
+    assert capfd.readouterr().err.endswith(end)
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (output / "curves.png").exists() and not (output / "summary.json").exists()
+
+    monkeypatch.setattr(runs, "say", SAYS)
+    assert train(output, "--resume") == 0
+    out = capfd.readouterr().out
+    assert "going on in epoch 3.\n" in out and "epoch 2/4" not in out
+    assert_same_end(output, whole)
+
+
+def test_a_run_stopped_within_an_epoch_goes_on_there(whole, tmp_path, monkeypatch, capsys):
+    output, asked = tmp_path / "run", []
+    monkeypatch.setattr(
+        runs, "make_stop", lambda signals: lambda: asked.append(0) or len(asked) > 8
+    )
+    assert train(output) == 143
+    monkeypatch.undo()
+    assert train(output, "--resume") == 0
+    assert "going on in epoch 2 after 3 of its steps.\n" in capsys.readouterr().out
+    assert_same_end(output, whole)
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
+    def twice(line, **kwargs):
+        if "epoch 1/" in line:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(runs, "say", twice)
+    assert train(tmp_path / "run") == 143
+    assert "terminated" in capsys.readouterr().err
+    # The epoch's checkpoint had not begun.
+    assert not any(p.name.isdecimal() for p in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_metrics_after_the_checkpoint_are_replaced(whole, tmp_path, capsys):
+    """As after a SIGKILL between an epoch's line and its checkpoint, in the middle of a write."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "summary.json").unlink()
+    epoch = drop_last(output, shutil.rmtree)
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 5, "lea')
+    assert train(output, "--resume") == 0
+    assert f"going on in epoch {epoch}." in capsys.readouterr().out
+    assert_same_end(output, whole)
+
+
+def test_a_truncated_checkpoint_is_skipped_for_the_one_before(whole, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "summary.json").unlink()
+
+    def truncate(checkpoint: Path) -> None:
+        largest = max(checkpoint.rglob("*"), key=lambda p: p.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+
+    epoch = drop_last(output, truncate)
+    assert train(output, "--resume") == 0
+    out, err = capsys.readouterr()
+    assert f"going on in epoch {epoch}." in out
+    assert err.startswith("warning: skipping the checkpoint ") and err.count("\n") == 1
+    assert_same_end(output, whole)
+
+
+def test_resume_begins_where_there_is_nothing(whole, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(output, "--resume") == 0
+    assert "going on" not in capsys.readouterr().out
+    assert_same_end(output, whole)
+
+
+def test_a_finished_run_is_left_alone(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert train(whole, "--resume") == 0
+    assert capsys.readouterr().out == f"{whole} is finished.\n"
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--optimizer adam", "optimizer adamsrt and not adam, weight_decay 7.8125e-06 and not 0.0"),
+        ("--epochs 5", "epochs 4 and not 5"),
+        ("--seeds 2", "seeds 1 and not 2"),
+        ("--precision bfloat16", "precision float32 and not bfloat16"),
+        ("--learning_rate 0.01 --seed 3", "learning_rate 0.001 and not 0.01, seed 2 and not 3"),
+    ],
+)
+def test_a_run_with_other_arguments_is_refused(options, named, whole, capsys):
+    assert train(whole, "--resume", *options.split()) == 2
+    assert f"{whole} holds a run with {named}" in capsys.readouterr().err
+
+
+def test_a_run_of_another_network_is_refused(whole, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "summary.json").unlink()
+    before = sorted((output / "checkpoints").rglob("*"))
+    monkeypatch.setattr(data, "load", lambda *_, **__: make_data()._replace(classes=("a", "b")))
+    assert train(output, "--resume") == 2
+    err = capsys.readouterr().err
+    assert "does not fit this run" in err and "linear" in err and err.count("\n") == 1
+    assert sorted((output / "checkpoints").rglob("*")) == before
+
+
+def test_a_directory_where_another_process_is_at_work_is_refused(tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    with (output / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train(output, "--resume") == 2
+    assert f"another process is at work in {output}" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == [".lock"]
+
+
+def test_the_newest_two_checkpoints_are_kept_with_the_best_network(whole):
+    steps = sorted(int(path.name) for path in (whole / "checkpoints").iterdir())
+    assert len(steps) == 2 and steps[0] in (5, 10, 15) and steps[1] == 20
+    arrays = last_arrays(whole)
+    assert any("best" in name and "conv" in name for name in arrays)
+    assert any("state" in name and "mu" in name and "conv" in name for name in arrays)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_several_seeds(together, whole, tmp_path, monkeypatch, capsys):
+    """One after another, as on a CPU, or at once, as on a GPU; stopped and resumed."""
+    output = tmp_path / "run"
+    if together:
+        monkeypatch.setattr(train_cifar, "_groups", lambda args: [[1, 2, 3]])
+    options = "--seed 1 --seeds 3 --tensorboard".split()
+    with monkeypatch.context() as patch:
+        line = "epoch 2/4" if together else "seed 2: epoch 2/4"
+        signal_at(patch, line, signal.SIGTERM)
+        assert train(output, *options) == 143
+    assert train(output, "--resume", *options) == 0
+    out = capsys.readouterr().out
+    assert ("One seed after another" in out) != together
+    assert ("seed 1: finished before.\n" in out) != together
+    assert ("(means of 3 seeds)\n" in out) == together
+    assert (output / "checkpoints").exists() == together
+    summaries = []
+    for seed in (1, 2, 3):
+        directory = output / f"seed-{seed}"
+        names = {"arguments.json", "metrics.jsonl", "summary.json", "curves.png", "tensorboard"}
+        if not together:
+            names.add("checkpoints")
+        assert {path.name for path in directory.iterdir()} == names
+        summaries.append(json.loads((directory / "summary.json").read_text()))
+        assert summaries[-1]["arguments"] == json.loads((directory / "arguments.json").read_text())
+        assert summaries[-1]["arguments"]["seed"] == seed
+        assert summaries[-1]["seeds_at_once"] == (3 if together else 1)
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+        assert f"seed {seed}: Test accuracy {summaries[-1]['test_accuracy']:.2%}" in out
+    accuracies = [summary["test_accuracy"] for summary in summaries]
+    deviation = 100 * np.std(accuracies, ddof=1)
+    assert out.splitlines()[-1] == (
+        f"Test accuracy {np.mean(accuracies):.2%} ± {deviation:.2f} "
+        "(standard deviation) of 3 seeds."
+    )
+    if not together:
+        assert figures(output / "seed-2")[1] == figures(whole)[1]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_seed_that_fails_leaves_the_others(together, tmp_path, monkeypatch, capsys):
+    class Fragile(Tiny):
+        made = 0
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            Fragile.made += 1
+            if Fragile.made == 2:
+                self.linear.bias[...] = self.linear.bias[...] + np.nan
+
+    monkeypatch.setitem(models.MODELS, "resnet20", Fragile)
+    if together:
+        monkeypatch.setattr(train_cifar, "_groups", lambda args: [[1, 2, 3]])
+    output = tmp_path / "run"
+    assert train(output, "--seed", "1", "--seeds", "3") == 1
+    out, err = capsys.readouterr()
+    message = "the training loss is nan at step 1 of epoch 1: lower --learning_rate (0.001)"
+    assert err == f"seed 2: stopped: {message}\n"
+    finished = [(output / f"seed-{seed}/summary.json").exists() for seed in (1, 2, 3)]
+    assert finished == [True, False, True]
+    assert "of 2 seeds" in out
+
+
+def read_events(path: Path) -> list[tuple[str, int, float]]:
+    """Tag, step and value of an event file's scalars."""
+    content, found = path.read_bytes(), []
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        event = Event.FromString(content[12 : 12 + size])  # between two checksums
+        found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+        content = content[16 + size :]
+    return found
+
+
+def test_tensorboard_has_every_epoch_once_after_resuming(tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_at(patch, "epoch 2/4", signal.SIGTERM)
+        assert train(output, "--tensorboard") == 143
+    assert train(output, "--tensorboard", "--resume") == 0
+    (path,) = (output / "tensorboard").iterdir()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    tags = {
+        "learning_rate": "learning_rate",
+        "train_loss": "train/loss",
+        "train_accuracy": "train/accuracy",
+        "valid_loss": "valid/loss",
+        "valid_accuracy": "valid/accuracy",
+        "images_per_second": "images_per_second",
+    }
+    expected = [
+        (tag, line["epoch"], pytest.approx(line[name], rel=1e-6))  # float32
+        for line in lines
+        for name, tag in tags.items()
+    ]
+    assert sorted(read_events(path)) == sorted(expected, key=lambda e: e[:2])
+
+
+def start_command(arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(COMMAND), *arguments.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_processes(arguments: str, count: int = 2) -> list[subprocess.Popen]:
+    """Processes that train together, each with 4 virtual devices."""
+    common = f"{arguments} --coordinator 127.0.0.1:{free_port()} --num_processes {count}"
+    return [
+        start_command(f"{common} --process_id {i}", JAX_NUM_CPU_DEVICES="4") for i in range(count)
+    ]
+
+
+def wait_for(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
+
+
+def test_one_device_eight_and_two_processes_of_four_give_the_same_curve(tmp_path):
+    """21 steps in float32: two batches of 8 in each epoch are shared out, and one of 6 is not."""
+    arguments = "--epochs 7 --batch_size 8 --seeds 1 --optimizer adamsrt --output"
+    for devices in (1, 8):
+        output = tmp_path / f"{devices}"
+        ((code, _, err),) = wait_for(
+            [start_command(f"{arguments} {output}", JAX_NUM_CPU_DEVICES=f"{devices}")]
+        )
+        assert code == 0, err
+    leader, other = wait_for(start_processes(f"{arguments} {tmp_path / 'processes'}"))
+    assert leader[0] == other[0] == 0, leader[2] + other[2]
+    assert "on 8 x cpu" in leader[1] and "epoch 7/7" in leader[1]
+    # One process prints and writes; Gloo's lines are from XLA.
+    assert [line for line in other[1].splitlines() if not line.startswith("[Gloo]")] == []
+    names = {path.name for path in (tmp_path / "1").iterdir()}
+    assert {path.name for path in (tmp_path / "processes").iterdir()} == names
+
+    expected, lines = figures(tmp_path / "1")
+    for name in ("8", "processes"):
+        result, curve = figures(tmp_path / name)
+        assert result[:3] == pytest.approx(expected[:3], abs=1e-4) and result[3] == expected[3]
+        assert len(curve) == 7
+        for line, wanted in zip(curve, lines, strict=True):
+            assert line == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_go_on(tmp_path):
+    """SIGTERM to one of them: both write the checkpoint of the same step and exit alike."""
+    output = tmp_path / "run"
+    arguments = f"--epochs 2000 --batch_size 8 --resume --output {output}"
+    processes = start_processes(arguments)
+    leader, other = processes
+    assert leader.stdout is not None
+    for line in leader.stdout:
+        if line.startswith("epoch 5/"):
+            break
+    other.send_signal(signal.SIGTERM)
+    for code, _, err in wait_for(processes):
+        assert code == 143 and err.endswith(
+            f"terminated; --resume goes on with what is in {output}\n"
+        )
+    done = len((output / "metrics.jsonl").read_text().splitlines())
+    assert done >= 5
+    processes = start_processes(arguments)
+    assert processes[0].stdout is not None
+    for line in processes[0].stdout:
+        if line.startswith("going on"):
+            assert f"epoch {done + 1}" in line
+            break
+    processes[0].send_signal(signal.SIGINT)
+    assert [code for code, *_ in wait_for(processes)] == [130, 130]
+
+
+@pytest.mark.slow  # it starts the command a dozen times
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
+    """SIGKILL ten times, anywhere: while starting, compiling, training, writing, ending."""
+
+    def start(output: Path) -> subprocess.Popen:
+        return start_command(f"--epochs 300 --batch_size 5 --resume --output {output}")
+
+    began = time.monotonic()
+    undisturbed = start(tmp_path / "undisturbed")
+    _, err = undisturbed.communicate(timeout=120)
+    assert undisturbed.returncode == 0, err
+    needed = time.monotonic() - began
+
+    output, rng, kills = tmp_path / "killed", random.Random(0), 0
+    while kills < 10:
+        process = start(output)
+        if kills % 2:  # from the first sign of life on, or from the start
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.5 * needed))
+        else:
+            time.sleep(rng.uniform(0, needed))
+        finished = process.poll() is not None
+        process.kill()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGKILL, 0), err
+        kills += 1
+        if finished:  # as if it had been killed just before
+            (output / "summary.json").unlink()
+    last = start(output)
+    _, err = last.communicate(timeout=120)
+    assert last.returncode == 0, err
+    assert_same_end(output, tmp_path / "undisturbed")

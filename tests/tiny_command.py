@@ -1,0 +1,14 @@
+"""The command in a process of its own, with the tiny network and its images."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import train_cifar
+from cifar import data, models
+from tiny import Tiny, make_data
+
+models.MODELS["resnet20"] = Tiny
+data.load = lambda *_, **__: make_data(pad=2, flip=True)
+sys.exit(train_cifar.main())
