@@ -7,14 +7,14 @@ et al. 2022 below.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar import recipes
+from cifar.files import replace_file
 from table_runs import Key, Protocol, Run
 
 if TYPE_CHECKING:
@@ -96,18 +96,8 @@ def write_report(output: Path, runs: Mapping[Key, Run]) -> None:
       output: the directory.
       runs: at least one; all of one protocol.
     """
-    _replace(output / "table.md", lambda path: path.write_text(table(runs), encoding="utf-8"))
-    _replace(output / "table.png", lambda path: draw(path, runs))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    # Named by the process: another one may write its report to the same place.
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(output / "table.md", lambda path: path.write_text(table(runs), encoding="utf-8"))
+    replace_file(output / "table.png", lambda path: draw(path, runs))
 
 
 def table(runs: Mapping[Key, Run]) -> str:

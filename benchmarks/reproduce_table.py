@@ -122,17 +122,23 @@ def _run(args: argparse.Namespace, received: list[int]) -> int:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _Refused(f"cannot create {output}: {error.strerror}") from error
-    _tidy_up(output, _load(output, protocol, warn=True).keys())
     wanted = set(itertools.product(settings, args.optimizers, range(args.seeds)))
-    cells = _stretches(settings, args.optimizers, wanted - _load(output, protocol).keys())
+
+    recorded = _load(output, protocol, warn=True).keys()
+    _tidy_up(output, recorded, _stretches(settings, args.optimizers, wanted - recorded))
+    recorded = _load(output, protocol).keys()
+    cells = _stretches(settings, args.optimizers, wanted - recorded)
 
     failures = []
     for number, cell in enumerate(cells, 1):
         if received:
             break
         with _locked(_directory(output, cell).parent, received) as lock:
-            # Another command may work on the same output.
-            if received or cell.keys() & _load(output, protocol).keys():
+            if received:
+                break
+            if cell.keys() & _load(output, protocol).keys():
+                # Another command works on the same output.
+                print(f"{cell}: recorded by another command, at least in part", flush=True)
                 continue
             print(f"cell {number}/{len(cells)}: {cell}", flush=True)
             code = _train(_command(args, cell), lock, received)
@@ -264,13 +270,14 @@ def _close(output: Path, cell: Cell) -> None:
             shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _tidy_up(output: Path, recorded: Set[Key]) -> None:
-    """Ends what a kill between writing a cell's lines and removing its checkpoints left."""
+def _tidy_up(output: Path, recorded: Set[Key], cells: Sequence[Cell]) -> None:
+    """Ends what a kill left of cells that will not be resumed, and records what they finished."""
     for directory in output.glob("cells/*/*/*/seeds-*-*"):
         dataset, model, optimizer, seeds = directory.relative_to(output / "cells").parts
         _, first, last = seeds.split("-")
         cell = Cell(f"{dataset}/{model}", optimizer, range(int(first), int(last) + 1))
-        if cell.keys() & recorded and (cell.keys() - recorded or _checkpoints(directory)):
+        in_the_way = cell not in cells and any(other[:2] == cell[:2] for other in cells)
+        if in_the_way or cell.keys() & recorded:
             lock = os.open(directory.parent / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             if _take(lock):  # else a process is at work there
                 _close(output, cell)
@@ -337,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", **number, default=recipes.BATCH_SIZE, help="default: %(default)s, as there")
     add(
         "--precision",
-        choices=("float32", "bfloat16"),
+        choices=recipes.PRECISIONS,
         default="float32",
         help="of activations and convolutions (default: %(default)s)",
     )

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cifar.files import replace_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -28,7 +30,7 @@ examples:
 """
 ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"  # of a run
 SETTING = ("dataset", "model", "optimizer")
-SEEDS = ("seed", "seeds")  # and how many the command trained, which does not change a run
+SEEDS = ("seed", "seeds", "seeds_at_once")  # the latter do not change a run
 OWN = ("learning_rate", "weight_decay")  # every optimizer's recipe has its own
 ZOOM_FROM = 6  # epochs; longer runs show their last third again, in panels of its own
 
@@ -173,19 +175,30 @@ def _check_number(place: str, values: dict[str, Any], key: str, most: float) -> 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Put the runs together that differ in nothing but the seed, in the order of their first.
 
+    Of two with the same seed as well, one that is not finished is left out, with a message.
+
     Raises:
-      _Refused: where two have the same seed as well, which are not two samples.
+      _Refused: where both are finished, which are not two samples.
     """
     groups: dict[frozenset[tuple[str, Any]], dict[Any, Run]] = {}
     for run in runs:
         seeds = groups.setdefault(frozenset(run.arguments.items()), {})
         other = seeds.setdefault(run.seed, run)
-        if other is not run:
+        if other is run:
+            continue
+        left_out, kept = sorted((other, run), key=lambda r: (_is_finished(r), len(r.train_loss)))
+        if _is_finished(left_out):
             raise _Refused(
                 f"{other.directory} and {run.directory} are the same run twice, with the same "
                 f"arguments and seed {run.seed}: leave one out"
             )
+        print(f"{left_out.directory} is left out: {kept.directory} got further.", file=sys.stderr)
+        seeds[run.seed] = kept
     return [list(seeds.values()) for seeds in groups.values()]
+
+
+def _is_finished(run: Run) -> bool:
+    return run.test_accuracy is not None
 
 
 def _differing(groups: Sequence[Group]) -> list[str]:
@@ -344,12 +357,7 @@ def write_picture(path: Path, figure: Figure) -> None:
     """Write a PNG file, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure).print_png(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, FigureCanvasAgg(figure).print_png)
 
 
 def _check_output(path: Path) -> None:

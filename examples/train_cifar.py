@@ -1,3 +1,5 @@
+"""Train a ResNet or VGG on 32x32 images with one of the paper's optimizers."""
+
 from __future__ import annotations
 
 import argparse
@@ -91,10 +93,11 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     import jax
     from flax import nnx
 
-    from cifar import data, models, processes, runs, training
+    from cifar import data, models, processes, report, runs, training
 
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
-    arguments = _arguments(args, recipe)
+    groups = _groups(args)
+    arguments = _arguments(args, recipe) | {"seeds_at_once": len(groups[0])}
     rate, decay = arguments["learning_rate"], arguments["weight_decay"]
     if args.output:
         if processes.leads():
@@ -132,6 +135,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         milestones=milestones,
         steps_per_epoch=steps,
         mesh=training.make_mesh(jax.devices()),
+        git_revision=report.find_git_revision(),
         signals=signals,
     )
     if not exact:
@@ -139,14 +143,21 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
             f"{args.dataset} with {args.model} has no recipe of its own: "
             f"taking cifar10's with {args.model}."
         )
-    devices = f"{jax.device_count()} x " if jax.device_count() > 1 else ""
+    devices = f"{job.mesh.size} x " if job.mesh.size > 1 else ""
+    if args.batch_size % job.mesh.size:
+        runs.say(
+            f"The {job.mesh.size} devices do not divide --batch_size {args.batch_size}: "
+            "each of them computes every batch whole."
+        )
     runs.say(
         f"{args.model} on {args.dataset} with {args.optimizer}: "
         f"learning rate {rate:g}, weight decay {decay:g}, {count} training images, "
         f"{steps} steps an epoch, on {devices}{jax.devices()[0].device_kind}."
     )
+    if len(groups) > 1:
+        runs.say("One seed after another: on a CPU that is faster than several at once.")
     try:
-        return 0 if runs.train(job, _groups(args)) else 1
+        return 0 if runs.train(job, groups) else 1
     finally:
         if lock:
             lock.close()
@@ -173,13 +184,8 @@ def _groups(args: argparse.Namespace) -> list[list[int]]:
     """The seeds that are trained at once."""
     import jax
 
-    from cifar import runs
-
     seeds = list(range(args.seed, args.seed + args.seeds))
-    if len(seeds) == 1 or jax.default_backend() != "cpu":
-        return [seeds]
-    runs.say("One seed after another: on a CPU that is faster than several at once.")
-    return [[seed] for seed in seeds]
+    return [seeds] if jax.default_backend() != "cpu" else [[seed] for seed in seeds]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -285,7 +291,9 @@ def _parser() -> argparse.ArgumentParser:
         help="write TensorBoard's event files too, in DIR/tensorboard",
     )
     several = parser.add_argument_group(
-        "several processes", "Each is started with the same arguments and uses its own devices."
+        "several processes",
+        "Each is started with the same arguments and uses its own devices; --output is one "
+        "directory that all of them see.",
     )
     several.add_argument(
         "--coordinator",

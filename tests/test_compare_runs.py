@@ -218,6 +218,15 @@ def test_labels_name_what_differs(tmp_path):
     )
 
 
+def test_of_the_same_run_twice_the_finished_one_counts(tmp_path, capsys):
+    cut = make_run(tmp_path / "cut", done=2)
+    whole = make_run(tmp_path / "whole", test_accuracy=0.5)
+    for directories in ([cut, whole], [whole, cut]):
+        ((run,),) = compare_runs.group_runs(compare_runs.find_runs(directories))
+        assert run.directory == whole
+        assert capsys.readouterr().err == f"{cut} is left out: {whole} got further.\n"
+
+
 def test_a_run_named_twice_counts_once(tmp_path):
     run = make_run(tmp_path / "runs/a", test_accuracy=0.5)
     (tmp_path / "link").symlink_to(run, target_is_directory=True)
@@ -339,8 +348,8 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     refused([run, tmp_path / "none"], f"no such directory: {tmp_path / 'none'}")
     refused([run / "metrics.jsonl"], f"no such directory: {run / 'metrics.jsonl'}")
     refused([run, empty], f"(with arguments.json and metrics.jsonl) at or below {empty}")
-    again = make_run(tmp_path / "again")
-    refused([run, again], f"{run} and {again} are the same run twice")
+    again, third = (make_run(tmp_path / name, test_accuracy=0.5) for name in ("again", "third"))
+    refused([again, third], f"{again} and {third} are the same run twice")
     refused([], "the following arguments are required: DIR")
     refused([run], "does not end in .png", output=tmp_path / "compare.pdf")
     refused([run], f"{tmp_path / 'no'} is not a directory", output=tmp_path / "no" / "a.png")

@@ -1,16 +1,23 @@
 """The README: its Python runs and prints what it says, and its commands are understood."""
 
-import json
+import importlib
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import paper_table
+import table_runs
+from cifar import recipes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"python examples/train_cifar\.py (.+)", README)
+COMMANDS = re.findall(
+    r"python (?:examples|benchmarks)/(\w+)\.py ([^`]+?)(?:`|\n\s*\n|$)", README, re.MULTILINE
+)
 
 
 def test_the_python_blocks_run_and_print_what_the_text_says(capsys):
@@ -33,27 +40,44 @@ def test_there_are_two_shell_commands():
     assert "train_cifar.py" in shell[0] and "pytest" in shell[1]
 
 
-@pytest.mark.parametrize("arguments", COMMANDS)
-def test_the_commands_are_understood(arguments, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import train_cifar
+def test_the_commands_are_found():
+    assert {name for name, _ in COMMANDS} == {"train_cifar", "compare_runs", "reproduce_table"}
 
+
+@pytest.mark.parametrize(("name", "arguments"), COMMANDS)
+def test_the_commands_are_understood(name, arguments, capsys):
+    command = importlib.import_module(name)
     with pytest.raises(SystemExit) as end:  # arguments before --help are checked
-        train_cifar.main([*shlex.split(arguments), "--help"])
-    assert end.value.code == 0 and "--optimizer" in capsys.readouterr().out
+        command.main([*shlex.split(arguments), "--help"])
+    assert end.value.code == 0 and "--output" in capsys.readouterr().out
 
 
-def test_the_accuracies_on_digits_are_those_of_the_raw_results():
-    table = re.search(r"^(\| `--optimizer`.*)\n.*\n(.*)$", README, re.MULTILINE)
-    header, row = table.groups()
-    names = re.findall(r"`(\w+)`", header)
-    figures = re.findall(r"\d+\.\d+", row)
-    assert len(names) == len(figures) == 7
-    for name, figure in zip(names, figures, strict=True):
-        summary = ROOT / "benchmarks" / "results" / "digits" / name / "summary.json"
-        result = json.loads(summary.read_text())
-        assert result["arguments"]["optimizer"] == name
-        assert f"{100 * result['test_accuracy']:.2f}" == figure
+def test_the_table_is_the_papers_and_that_of_the_raw_results():
+    lines = README[README.index("| test accuracy, %") :].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:9]]
+    assert [row[0].split("`")[1] for row in rows] == list(recipes.OPTIMIZERS)
+    results = [
+        table_runs.load(ROOT / "benchmarks" / "results" / name / "runs.jsonl")[0]
+        for name in ("cifar10_jpeg", "digits")
+    ]
+    for (_, *figures), name in zip(rows, recipes.OPTIMIZERS, strict=True):
+        paper = [f"{paper_table.PAPER[s][name].mean:.2f}" for s in paper_table.SETTINGS]
+        here = []
+        for runs in results:
+            accuracies = [100 * run.test_accuracy for key, run in runs.items() if key[1] == name]
+            figure = f"{np.mean(accuracies):.2f}" if accuracies else "–"
+            deviation = f" ± {np.std(accuracies, ddof=1):.2f}" if len(accuracies) > 1 else ""
+            here.append(figure + deviation)
+        assert figures == paper + here
+    assert rows[list(recipes.OPTIMIZERS).index("adamg")][0] == "`adamg` ¹"
+
+
+@pytest.mark.parametrize("name", ["cifar10_jpeg", "digits"])
+def test_the_committed_tables_are_made_from_the_committed_runs(name):
+    directory = ROOT / "benchmarks" / "results" / name
+    runs, broken = table_runs.load(directory / "runs.jsonl")
+    assert runs and not broken
+    assert (directory / "table.md").read_text(encoding="utf-8") == paper_table.table(runs)
 
 
 def test_the_links_lead_somewhere():

@@ -340,7 +340,7 @@ def test_killed_at_random_moments(whole, trainer, tmp_path):
 def test_interrupted(send, patience, code, whole, trainer, tmp_path):
     output = tmp_path / "table"
     begun = output / "cells/cifar10/resnet20/sgd/seeds-0-1/seed-1/metrics.jsonl"
-    process = start(trainer, output, *TWO, patience=patience, SECONDS="0.15")
+    process = start(trainer, output, *TWO, patience=patience, SECONDS="1")
     wait_for(begun.exists, process)
     send(process)
     out, err = process.communicate(timeout=30)
@@ -357,6 +357,23 @@ def test_interrupted(send, patience, code, whole, trainer, tmp_path):
     assert_same(output, whole)
 
 
+def test_more_seeds_than_an_interrupted_command_had(trainer, tmp_path):
+    """What had been finished counts, and is not trained again."""
+    output = tmp_path / "table"
+    begun = output / "cells/cifar10/resnet20/adam/seeds-0-1/seed-1/metrics.jsonl"
+    process = start(trainer, output, *TWO, SECONDS="1")
+    wait_for(begun.exists, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    more = [option if option != "2" else "3" for option in TWO]
+    assert more != list(TWO)
+    again = start(trainer, output, *more)
+    assert again.wait(timeout=60) == 0, again.communicate()
+    seeds = sorted(json.loads(line)["arguments"]["seed"] for line in lines_of(output))
+    assert seeds == sorted([0, 1, 2] * (len(seeds) // 3))
+    assert (output / "cells/cifar10/resnet20/adam/seeds-1-2").exists()
+
+
 @pytest.mark.parametrize("own", [-signal.SIGINT, 130, -signal.SIGTERM, 143])
 def test_an_interrupted_trainer_stops_the_table(own, trainer, no_picture, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL", f"adam:1:{own}")
@@ -369,7 +386,7 @@ def test_an_interrupted_trainer_stops_the_table(own, trainer, no_picture, tmp_pa
 def test_waits_for_a_trainer_that_outlived_its_killed_parent(whole, trainer, tmp_path):
     output = tmp_path / "table"
     begun = output / "cells/cifar10/resnet20/adam/seeds-0-1/seed-0/metrics.jsonl"
-    process = start(trainer, output, *TWO, SECONDS="0.15")
+    process = start(trainer, output, *TWO, SECONDS="0.5")
     wait_for(begun.exists, process)
     process.kill()
     again = start(trainer, output, *TWO)

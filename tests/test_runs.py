@@ -134,7 +134,9 @@ def test_a_run_stopped_within_an_epoch_goes_on_there(whole, tmp_path, monkeypatc
     assert_same_end(output, whole)
 
 
-def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
+def test_a_second_sigterm_changes_nothing(tmp_path, monkeypatch):
+    """A scheduler may send it to a whole group of processes, and one of these may hand it on."""
+
     def twice(line, **kwargs):
         if "epoch 1/" in line:
             signal.raise_signal(signal.SIGTERM)
@@ -142,7 +144,18 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(runs, "say", twice)
     assert train(tmp_path / "run") == 143
-    assert "terminated" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, capfd):
+    def twice(line, **kwargs):
+        if "epoch 1/" in line:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(runs, "say", twice)
+    assert train(tmp_path / "run") == 130
+    assert capfd.readouterr().err.startswith("\nstopping at the next step; ")
     # The epoch's checkpoint had not begun.
     assert not any(p.name.isdecimal() for p in (tmp_path / "run" / "checkpoints").iterdir())
 
@@ -218,6 +231,50 @@ def test_a_run_of_another_network_is_refused(whole, tmp_path, monkeypatch, capsy
     assert sorted((output / "checkpoints").rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "summary.json", "metrics.jsonl", "seed-7"])
+def test_files_of_another_run_are_refused(name, tmp_path, capsys):
+    output = tmp_path / "run"
+    (output / name).mkdir(parents=True)
+    for options in ([], ["--resume"]):
+        assert train(output, *options) == 2
+        message = f"{output} holds files of a run that did not begin there"
+        assert message in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == [name]
+
+
+def test_checkpoints_of_another_run_are_refused(whole, tmp_path, capsys):
+    """As if they had been copied: the arrays have the same shapes."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "summary.json").unlink()
+    arguments = json.loads((output / "arguments.json").read_text()) | {"learning_rate": 0.01}
+    (output / "arguments.json").write_text(json.dumps(arguments))
+    assert train(output, "--resume", "--learning_rate", "0.01") == 2
+    message = f"{output / 'checkpoints'} holds a run with learning_rate 0.001 and not 0.01"
+    assert message in capsys.readouterr().err
+
+
+def test_a_set_with_other_images_is_refused(whole, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / "summary.json").unlink()
+    images = make_data()
+    fewer = images._replace(train=type(images.train)(*[x[:-1] for x in images.train]))
+    monkeypatch.setattr(data, "load", lambda *_, **__: fewer)
+    assert train(output, "--resume") == 2
+    assert "images 23 and not 22" in capsys.readouterr().err
+
+
+def test_seeds_that_were_trained_in_turn_are_not_resumed_at_once(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_at(patch, "seed 3: epoch 2/4", signal.SIGTERM)
+        assert train(output, "--seeds", "2") == 143
+    monkeypatch.setattr(train_cifar, "_groups", lambda args: [[2, 3]])
+    assert train(output, "--seeds", "2", "--resume") == 2
+    assert "holds a run with seeds_at_once 1 and not 2" in capsys.readouterr().err
+
+
 def test_a_directory_where_another_process_is_at_work_is_refused(tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
@@ -267,6 +324,9 @@ def test_several_seeds(together, whole, tmp_path, monkeypatch, capsys):
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
         assert f"seed {seed}: Test accuracy {summaries[-1]['test_accuracy']:.2%}" in out
+    # Compiled for the first of them, and again after the stop.
+    compiled = [summary["compile_seconds"] > 0 for summary in summaries]
+    assert compiled == ([True] * 3 if together else [True, True, False])
     accuracies = [summary["test_accuracy"] for summary in summaries]
     deviation = 100 * np.std(accuracies, ddof=1)
     assert out.splitlines()[-1] == (
@@ -360,6 +420,25 @@ def start_processes(arguments: str, count: int = 2) -> list[subprocess.Popen]:
     ]
 
 
+def start_in_cluster(arguments: str, count: int = 2) -> list[subprocess.Popen]:
+    """The same, started as Open MPI would."""
+    environment = {
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+        "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": str(count),
+    }
+    return [
+        start_command(
+            f"{arguments} --coordinator auto",
+            OMPI_COMM_WORLD_RANK=str(i),
+            OMPI_COMM_WORLD_LOCAL_RANK=str(i),
+            **environment,
+        )
+        for i in range(count)
+    ]
+
+
 def wait_for(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each."""
     try:
@@ -414,7 +493,7 @@ def test_processes_stop_together_and_go_on(tmp_path):
         )
     done = len((output / "metrics.jsonl").read_text().splitlines())
     assert done >= 5
-    processes = start_processes(arguments)
+    processes = start_in_cluster(arguments)
     assert processes[0].stdout is not None
     for line in processes[0].stdout:
         if line.startswith("going on"):
@@ -437,23 +516,34 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
     assert undisturbed.returncode == 0, err
     needed = time.monotonic() - began
 
-    output, rng, kills = tmp_path / "killed", random.Random(0), 0
+    output, rng = tmp_path / "killed", random.Random(0)
+    kills, went_on = 0, 0
     while kills < 10:
         process = start(output)
-        if kills % 2:  # from the first sign of life on, or from the start
+        out = ""
+        if kills % 3:  # after a line that it prints: the first is before compilation
             assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.5 * needed))
+            for _ in range(rng.choice([2, 3, 10, 20])):
+                out += process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.05))
         else:
             time.sleep(rng.uniform(0, needed))
-        finished = process.poll() is not None
         process.kill()
-        _, err = process.communicate(timeout=60)
+        rest, err = process.communicate(timeout=60)
         assert process.returncode in (-signal.SIGKILL, 0), err
-        kills += 1
-        if finished:  # as if it had been killed just before
-            (output / "summary.json").unlink()
+        kills += process.returncode != 0
+        went_on += "going on in epoch" in out + rest
+        (output / "summary.json").unlink(missing_ok=True)  # as if killed just before
+    assert went_on >= 3
     last = start(output)
     _, err = last.communicate(timeout=120)
     assert last.returncode == 0, err
     assert_same_end(output, tmp_path / "undisturbed")
+
+
+def test_a_cluster_that_is_not_recognised_is_refused(tmp_path):
+    ((code, _, err),) = wait_for([start_command(f"--coordinator auto --output {tmp_path / 'run'}")])
+    assert code == 2 and err.splitlines()[-1] == (
+        "train_cifar.py: error: --coordinator auto finds no cluster that JAX knows here"
+    )
+    assert not (tmp_path / "run").exists()

@@ -120,7 +120,7 @@ def test_command_writes_its_files(folder, finished):
     }
     assert summary["arguments"] == arguments
     written = json.loads((output / "arguments.json").read_text())
-    assert written == arguments | {"seeds": 1}
+    assert written == arguments | {"seeds": 1, "seeds_at_once": 1}
     best = max(metrics, key=lambda m: (m["valid_accuracy"], -m["valid_loss"]))
     assert summary["best_epoch"] == best["epoch"]
     assert 0 <= summary["test_accuracy"] <= 1 and summary["test_loss"] > 0
@@ -199,7 +199,7 @@ def test_outputs_that_are_refused(tmp_path, capsys, monkeypatch):
     assert f"{taken} already holds a run" in refused(taken)
     foreign.mkdir()
     (foreign / "metrics.jsonl").write_text("mine\n")
-    assert f"{foreign} holds a run that did not begin here" in refused(foreign)
+    assert f"{foreign} holds files of a run that did not begin there" in refused(foreign)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "arguments.json").write_text("{")
@@ -310,6 +310,7 @@ def test_help_and_refusals_do_not_start_jax():
     )
     assert done.returncode == 0
     assert "examples:" in done.stdout and "(default: 405)" in done.stdout
+    assert "Train a ResNet or VGG" in done.stdout
 
 
 @pytest.mark.parametrize("epochs", [1, 40])

@@ -324,6 +324,24 @@ def test_a_seed_that_fails_leaves_the_others_alone(driver):
     close(results[2], alone, 1e-5)
 
 
+def test_a_run_cut_within_an_epoch_goes_on_with_the_other_driver():
+    """On a GPU, a run that a CPU began."""
+    kwargs = {"batch_size": 4, "seeds": (0, 1)}  # 5 full batches and one of 2
+    tx, images = optax.adam(1e-2), make_data(pad=2)
+    loop, seeds, _ = prepare(tx, images, driver="loop", **kwargs)
+    scan, _, _ = prepare(tx, images, driver="scan", **kwargs)
+    fit = partial(training.fit, seeds=seeds, epochs=2, schedule=CONSTANT)
+    ends = []
+    for at in (3, 5, 8, 12):  # of 12 steps
+        answers = iter([False] * at + [True])
+        _, run = start(tx, images, **kwargs)
+        run = fit(loop, run=run, stop=lambda answers=answers: next(answers))
+        run = fit(scan, run=run)
+        ends.append((run.state, run.best, [[m[:-1] for m in h] for h in run.progress.history]))
+    for end in ends[:-1]:
+        close(end, ends[-1], 1e-5)  # compiled differently
+
+
 @pytest.mark.parametrize("driver", ["loop", "scan"])
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_end(driver):
     kwargs = {"batch_size": 5, "seeds": (0, 1), "driver": driver}

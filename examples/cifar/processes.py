@@ -1,6 +1,8 @@
 """Training over several processes, each with its own devices."""
 
+import os
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from typing import TypeVar
 
 import jax
@@ -36,6 +38,8 @@ def join(coordinator: str, count: int | None, index: int | None) -> None:
         else:
             jax.distributed.initialize(coordinator, count, index)
     except (ValueError, RuntimeError) as error:
+        if coordinator == "auto" and isinstance(error, ValueError):
+            raise JoinError("--coordinator auto finds no cluster that JAX knows here") from error
         raise JoinError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
 
 
@@ -48,12 +52,13 @@ def in_turn(load: Callable[[], T]) -> T:
     """Call `load` in the leading process first: what it downloads need not be fetched twice."""
     if jax.process_count() == 1:
         return load()
-    if not leads():
-        multihost_utils.sync_global_devices("loaded")
-    result = load()
     if leads():
+        result = load()
         multihost_utils.sync_global_devices("loaded")
-    return result
+        return result
+    multihost_utils.sync_global_devices("loaded")
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return load()  # one process's progress is enough
 
 
 def make_stop(signals: StopSignals) -> Callable[[], bool]:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tensorboardX import SummaryWriter
 
+from cifar.files import replace_file
 from cifar.training import Metrics, Result
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "spherical_optax")
@@ -68,6 +69,7 @@ def write_summary(
     seconds: float,
     compile_seconds: float,
     seeds_at_once: int,
+    git_revision: str | None,
 ) -> None:
     """Write the result of a run with what is needed to repeat it, whole or not at all.
 
@@ -77,8 +79,10 @@ def write_summary(
       result: figures on the test images.
       history: its epochs; the images per second of all but the first are averaged.
       seconds: of training and validation.
-      compile_seconds: of compilation, which comes on top; of the last part of a resumed run.
+      compile_seconds: of compilation, which comes on top; of the last part of a resumed run, and 0
+        where an earlier seed's programs served.
       seeds_at_once: how many seeds shared the program, and hence the times.
+      git_revision: from `find_git_revision`, before the run.
     """
     rates = [m.images_per_second for m in history[1:]]
     summary = {
@@ -91,9 +95,20 @@ def write_summary(
         "arguments": arguments,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
         "device": _device(),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision,
     }
     write_json(path, summary)
+
+
+def find_git_revision() -> str | None:
+    """The commit that is checked out, with "-dirty" if tracked files differ from it."""
+    directory = str(Path(__file__).parent)
+    command = ["git", "-C", directory, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def draw_curves(
@@ -167,9 +182,7 @@ def draw_curves(
             ax.axvline(place, color="grey", linestyle=":", linewidth=1.5, label=label)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
 
-    temporary = path.with_suffix(".tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    replace_file(path, FigureCanvasAgg(figure).print_png)
 
 
 def _line(metrics: Metrics) -> str:
@@ -177,9 +190,7 @@ def _line(metrics: Metrics) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _version(package: str) -> str | None:
@@ -194,14 +205,3 @@ def _device() -> str:
         return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
     several = f"{jax.device_count()} x " if jax.device_count() > 1 else ""
     return f"{jax.default_backend()} ({several}{jax.devices()[0].device_kind})"
-
-
-def _git_revision() -> str | None:
-    """The commit that runs, with "-dirty" if tracked files differ from it."""
-    directory = str(Path(__file__).parent)
-    command = ["git", "-C", directory, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

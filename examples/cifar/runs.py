@@ -26,6 +26,7 @@ from cifar.processes import leads, make_stop
 from cifar.signals import Stopped, StopSignals
 
 ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
+CHECKPOINTS = "checkpoints"
 
 
 class Job(NamedTuple):
@@ -42,6 +43,7 @@ class Job(NamedTuple):
     milestones: Sequence[int]
     steps_per_epoch: int
     mesh: Mesh
+    git_revision: str | None  # of the code, when it was loaded
     signals: StopSignals
 
 
@@ -65,8 +67,9 @@ def check_output(output: Path, arguments: dict[str, Any], *, resume: bool) -> No
     try:
         found = json.loads((output / ARGUMENTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if os.path.lexists(output / METRICS):
-            raise OutputError(f"{output} holds a run that did not begin here") from None
+        names = (METRICS, SUMMARY, CHECKPOINTS)
+        if any(map(os.path.lexists, [*map(output.joinpath, names), *output.glob("seed-*")])):
+            raise OutputError(f"{output} holds files of a run that did not begin there") from None
         return
     except ValueError as error:
         raise OutputError(f"{output / ARGUMENTS} is damaged: {error}") from error
@@ -75,10 +78,14 @@ def check_output(output: Path, arguments: dict[str, Any], *, resume: bool) -> No
             f"{output} already holds a run: go on with it (--resume), name another --output, "
             "or move it away"
         )
-    names = [name for name in {**found, **arguments} if found.get(name) != arguments.get(name)]
+    _check_same(output, found, arguments)
+
+
+def _check_same(place: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if names:
-        differences = (f"{n} {found.get(n)} and not {arguments.get(n)}" for n in names)
-        raise OutputError(f"{output} holds a run with {', '.join(differences)}")
+        differences = (f"{n} {found.get(n)} and not {wanted.get(n)}" for n in names)
+        raise OutputError(f"{place} holds a run with {', '.join(differences)}")
 
 
 def claim_output(output: Path, arguments: dict[str, Any]) -> IO[bytes]:
@@ -124,9 +131,10 @@ def train(job: Job, groups: Sequence[Sequence[int]]) -> bool:
     directories = run_directories(job.output, job.arguments)
     trainer, accuracies, failed = None, [], False
     for seeds in groups:
-        if all(is_finished(directories[seed]) for seed in seeds):
-            found = [json.loads((directories[seed] / SUMMARY).read_text()) for seed in seeds]
-            accuracies += [summary["test_accuracy"] for summary in found]
+        finished = [d for seed in seeds if (d := directories[seed]) and is_finished(d)]
+        if len(finished) == len(seeds):
+            summaries = [json.loads((d / SUMMARY).read_text(encoding="utf-8")) for d in finished]
+            accuracies += [summary["test_accuracy"] for summary in summaries]
             say(f"{_name(job, seeds)}finished before.")
             continue
         of_group = {seed: directories[seed] for seed in seeds}
@@ -155,14 +163,16 @@ def _train_group(
     seeds, epochs = list(directories), job.arguments["epochs"]
     images = len(job.images.train.labels)
     graphdef, of_seeds, run = training.start_run(job.make_model, job.tx, seeds, images, job.mesh)
+    origin = job.arguments | {"images": images}
+    compiling = trainer is None
     with ExitStack() as stack:
         manager = None
         if job.output:
-            place = directories[seeds[0]] if len(seeds) < job.arguments["seeds"] else job.output
-            manager = checkpoints.open_checkpoints(place / "checkpoints")
+            alone = directories[seeds[0]] if len(seeds) == 1 else None
+            manager = checkpoints.open_checkpoints((alone or job.output) / CHECKPOINTS)
             stack.callback(checkpoints.close, manager)
         if manager and job.resume:
-            run = _restore(manager, run, _name(job, seeds))
+            run = _restore(manager, run, origin, _name(job, seeds))
         records = [
             _begin_files(job, seed, directory, history, stack)
             for (seed, directory), history in zip(
@@ -181,9 +191,11 @@ def _train_group(
         )
 
         def save(run: training.Run) -> None:
+            if manager is None:
+                return
             step = (run.progress.epoch - 1) * trainer.steps + run.progress.step
             arrays = {"state": run.state, "best": run.best}
-            checkpoints.save(manager, step, arrays, run.progress._asdict())
+            checkpoints.save(manager, step, arrays, {"of": origin, **run.progress._asdict()})
 
         def on_epoch(run: training.Run) -> None:
             epoch, histories = run.progress.epoch - 1, run.progress.history
@@ -196,7 +208,7 @@ def _train_group(
                 say(_name(job, seeds) + _line(latest, epochs))
             # Epochs may be shorter than a save; several processes must decide alike.
             busy = jax.process_count() == 1 and manager and manager.is_saving_in_progress()
-            if manager and (not busy or epoch == epochs):
+            if not busy or epoch == epochs:
                 save(run)
 
         with job.signals.defer():
@@ -211,11 +223,12 @@ def _train_group(
                 stop=make_stop(job.signals),
             )
             finished = run.progress.epoch > epochs or all(run.progress.failed)
-            if manager and not finished:
+            if not finished:
                 save(run)
         results = training.results(trainer, run) if finished else [None] * len(seeds)
+    compile_seconds = trainer.compile_seconds if compiling else 0.0
     for i, (seed, directory) in enumerate(directories.items()):
-        _finish(job, seed, directory, i, run, results[i], trainer)
+        _finish(job, seed, directory, i, run, results[i], compile_seconds)
     if not finished:
         raise Stopped(job.signals.requested or signal.SIGTERM, at_once=False)
     return trainer, results
@@ -228,7 +241,7 @@ def _finish(
     place: int,
     run: training.Run,
     result: training.Result | None,
-    trainer: training.Trainer,
+    compile_seconds: float,
 ) -> None:
     """Write the picture and, if the run at this place among its seeds came to its end, the rest."""
     name, progress = _name(job, [seed]), run.progress
@@ -254,18 +267,21 @@ def _finish(
                 result,
                 history,
                 seconds=progress.seconds,
-                compile_seconds=trainer.compile_seconds,
+                compile_seconds=compile_seconds,
                 seeds_at_once=len(progress.history),
+                git_revision=job.git_revision,
             )
     if result:
         say(
             f"{name}Test accuracy {result.test_accuracy:.2%} (loss {result.test_loss:.4f}) with "
             f"epoch {result.best_epoch}, the best in validation; {progress.seconds:.0f} s, and "
-            f"{trainer.compile_seconds:.0f} s of compilation."
+            f"{compile_seconds:.0f} s of compilation."
         )
 
 
-def _restore(manager: ocp.CheckpointManager, run: training.Run, name: str) -> training.Run:
+def _restore(
+    manager: ocp.CheckpointManager, run: training.Run, origin: dict[str, Any], name: str
+) -> training.Run:
     """The run as it stood at the last readable checkpoint; at the first step if there is none."""
 
     def warn(text: str) -> None:
@@ -278,6 +294,7 @@ def _restore(manager: ocp.CheckpointManager, run: training.Run, name: str) -> tr
     if found is None:
         return run
     arrays, saved = found
+    _check_same(Path(manager.directory), saved.pop("of"), origin)
     history = [[training.Metrics(*line) for line in lines] for lines in saved.pop("history")]
     progress = training.Progress(**saved, history=history)
     after = f" after {progress.step} of its steps" if progress.step else ""
@@ -315,7 +332,7 @@ def _begin_files(
 
 def _of_seed(job: Job, seed: int) -> dict[str, Any]:
     """The arguments that give one seed's run when it is alone."""
-    return {k: v for k, v in job.arguments.items() if k != "seeds"} | {"seed": seed}
+    return {k: v for k, v in job.arguments.items() if "seeds" not in k} | {"seed": seed}
 
 
 def _name(job: Job, seeds: Sequence[int]) -> str:

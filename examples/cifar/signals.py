@@ -20,9 +20,9 @@ class StopSignals:
     """What the handler does, and what it has seen.
 
     Attributes:
-      deferred: while it is set, the first signal is only noted in `requested`.
-      requested: the number of the signal that came while it was set, or 0. A request is also safer
-        than an exception: this gets lost where Python runs inside a callback of compiled code.
+      deferred: while it is set, a signal is only noted in `requested`.
+      requested: the number of the first signal that came while it was set, or 0. A request is
+        safer than an exception, which gets lost where compiled code calls Python back.
     """
 
     def __init__(self) -> None:
@@ -39,11 +39,11 @@ class StopSignals:
             self.deferred = before
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Raises `Stopped`, or notes a first signal if it is to be deferred."""
-        if not self.deferred or self.requested:
+        """Raises `Stopped`, or notes a signal that is to be deferred; Ctrl-C is only once."""
+        if not self.deferred or (self.requested and signum == signal.SIGINT):
             raise Stopped(signum, at_once=True)
-        self.requested = signum
-        if signum == signal.SIGINT:
+        first, self.requested = not self.requested, self.requested or signum
+        if first and signum == signal.SIGINT:
             # Not `print`: a handler may run in the middle of another print.
             os.write(2, b"\nstopping at the next step; Ctrl-C again stops at once\n")
 

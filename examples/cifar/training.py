@@ -292,7 +292,7 @@ def compile_trainer(
     map_step = jax.vmap(step, (0, None, 0, 0, None))
 
     def scan(state, split, order, key, index):
-        del index  # always the first
+        del index  # 0
 
         def body(state, i):
             return map_step(state, split, order, key, i)
@@ -307,11 +307,17 @@ def compile_trainer(
 
     shuffle = compiled(shuffled, seeds, 0)
     args = (state, train_split, *shuffle(seeds, 0), 0)
-    run_full = compiled(scan if driver == "scan" else map_step, *args, donate=0)
-    run_last = compiled(last, *args, donate=0) if rest else None
+    # Not compiled before it is called: a scan is cut only by a run that began with the loop.
+    run_one = jax.jit(map_step, donate_argnums=0, out_shardings=whole)
+    run_full = (
+        compiled(scan, *args, donate=0) if driver == "scan" else run_one.lower(*args).compile()
+    )
+    run_last = compiled(last, *args, donate=0) if rest else run_full
 
     def train(state, order, key, index):
-        program = run_full if index < full else run_last
+        program = run_last if index == full else run_full
+        if driver == "scan" and 0 < index < full:
+            program = run_one
         return program(state, train_split, order, key, index)
 
     def choose(better, new, old):
@@ -325,6 +331,7 @@ def compile_trainer(
     everything = jax.device_put(np.broadcast_to(np.arange(count[1], dtype=np.int32), count), whole)
     validate = _compile_evaluation(graphdef, data, network, train_split, seeds.valid, mesh)
     test = _compile_evaluation(graphdef, data, network, test_split, everything, mesh)
+    choose = compiled(choose, np.ones(count[0], bool), network, network, donate=2)
     return Trainer(
         images=images,
         steps=steps_per_epoch(images, batch_size),
@@ -334,7 +341,7 @@ def compile_trainer(
         train=train,
         validate=lambda network, seeds: validate(network, seeds.valid),
         test=lambda network: test(network, everything),
-        choose=compiled(choose, np.ones(count[0], bool), network, network, donate=2),
+        choose=choose,
     )
 
 
@@ -368,9 +375,8 @@ def _compile_evaluation(
     def evaluate(network: Network, places: jax.Array) -> tuple[list[float], list[float]]:
         starts = range(0, count, batch_size)
         parts = jax.device_get([compiled(network, split, places, start) for start in starts])
-        losses = np.sum([loss for loss, _ in parts], axis=0, dtype=np.float64)
-        corrects = np.sum([correct for _, correct in parts], axis=0)
-        return (losses / count).tolist(), (corrects / count).tolist()
+        means = np.asarray(parts, np.float64).sum(axis=0) / count
+        return means[0].tolist(), means[1].tolist()
 
     return evaluate
 
@@ -464,18 +470,18 @@ def _after_epoch(
 ) -> tuple[Progress, list[bool]]:
     """Add an epoch's line to each seed's history; tells also which seeds became better."""
     epoch, n = progress.epoch, len(losses)
-    better = [False] * n
-    lists = {name: list(getattr(progress, name)) for name in _LISTS}
+    history, failed = list(progress.history), list(progress.failed)
+    best_epoch, best_accuracy = list(progress.best_epoch), list(progress.best_accuracy)
+    best_loss, better = list(progress.best_loss), [False] * n
     for i, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True)):
-        if lists["failed"][i]:
+        if failed[i]:
             continue
         if not math.isfinite(loss):
-            lists["failed"][i] = f"the validation loss is {loss} after epoch {epoch}"
+            failed[i] = f"the validation loss is {loss} after epoch {epoch}"
             continue
-        better[i] = (accuracy, -loss) > (lists["best_accuracy"][i], -lists["best_loss"][i])
+        better[i] = (accuracy, -loss) > (best_accuracy[i], -best_loss[i])
         if better[i]:
-            lists["best_epoch"][i] = epoch
-            lists["best_accuracy"][i], lists["best_loss"][i] = accuracy, loss
+            best_epoch[i], best_accuracy[i], best_loss[i] = epoch, accuracy, loss
         metrics = Metrics(
             epoch=epoch,
             # Rounded to what float32 holds: 0.001 and not 0.0010000000474974513.
@@ -486,13 +492,21 @@ def _after_epoch(
             valid_accuracy=accuracy,
             images_per_second=n * trainer.images / progress.epoch_seconds,
         )
-        lists["history"][i] = [*lists["history"][i], metrics]
-    done = {"epoch": epoch + 1, "step": 0, "epoch_seconds": 0.0}
-    empty = {"loss_sum": [0.0] * n, "correct": [0] * n}
-    return progress._replace(**done, **empty, **lists), better
-
-
-_LISTS = ("history", "best_epoch", "best_accuracy", "best_loss", "failed")
+        history[i] = [*history[i], metrics]
+    after = Progress(
+        epoch=epoch + 1,
+        step=0,
+        loss_sum=[0.0] * n,
+        correct=[0] * n,
+        epoch_seconds=0.0,
+        seconds=progress.seconds,
+        history=history,
+        best_epoch=best_epoch,
+        best_accuracy=best_accuracy,
+        best_loss=best_loss,
+        failed=failed,
+    )
+    return after, better
 
 
 def results(trainer: Trainer, run: Run) -> list[Result | None]:
