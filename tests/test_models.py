@@ -169,3 +169,22 @@ def test_evaluation_leaves_the_statistics_alone():
     logits(model, IMAGES, False)
     np.testing.assert_array_equal(model.bn1.mean[...], 0.0)
     np.testing.assert_array_equal(model.bn1.var[...], 1.0)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_bfloat16_is_for_activations_and_convolutions_alone(name):
+    abstract = nnx.eval_shape(lambda: models.MODELS[name](10, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+
+    def train(state, images):
+        model = nnx.merge(graphdef, state)
+        logits = model(images, train=True)
+        return logits, nnx.state(model)
+
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    program, (logits, after) = jax.make_jaxpr(train, return_shape=True)(state, images)
+    assert logits.dtype == jnp.bfloat16
+    assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves((state, after)))
+    heavy = [e for e in program.eqns if e.primitive.name in ("conv_general_dilated", "dot_general")]
+    assert len(heavy) == {"resnet20": 22, "resnet18": 21, "vgg16": 14}[name]
+    assert {v.aval.dtype for e in heavy for v in e.invars} == {jnp.dtype("bfloat16")}

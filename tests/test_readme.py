@@ -15,9 +15,7 @@ from cifar import recipes
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(
-    r"python (?:examples|benchmarks)/(\w+)\.py ([^`]+?)(?:`|\n\s*\n|$)", README, re.MULTILINE
-)
+COMMANDS = re.findall(r"python (?:examples|benchmarks)/(\w+)\.py (.+)", README.replace("\\\n", " "))
 
 
 def test_the_python_blocks_run_and_print_what_the_text_says(capsys):

@@ -30,13 +30,15 @@ SAYS = runs.say
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-    """Trains the tiny network on tiny images, on one device."""
+    """Trains the tiny network on tiny images, on one device, compiled in half the time."""
     make_mesh = training.make_mesh
+    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet20", Tiny)
         patch.setattr(data, "load", lambda *_, **__: make_data(pad=2, flip=True))
         patch.setattr(training, "make_mesh", lambda devices: make_mesh(devices[:1]))
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train(output: Path, *options: str) -> int:
@@ -396,13 +398,16 @@ def test_tensorboard_has_every_epoch_once_after_resuming(tmp_path, monkeypatch):
     assert sorted(read_events(path)) == sorted(expected, key=lambda e: e[:2])
 
 
+FAST = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
 def start_command(arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(COMMAND), *arguments.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        env=os.environ | FAST | environment,
     )
 
 
