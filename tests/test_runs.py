@@ -29,16 +29,14 @@ SAYS = runs.say
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny():
-    """Trains the tiny network on tiny images, on one device, compiled in half the time."""
+def tiny(compiled_quickly):
+    """Trains the tiny network on tiny images, on one device."""
     make_mesh = training.make_mesh
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet20", Tiny)
         patch.setattr(data, "load", lambda *_, **__: make_data(pad=2, flip=True))
         patch.setattr(training, "make_mesh", lambda devices: make_mesh(devices[:1]))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def train(output: Path, *options: str) -> int:
@@ -454,6 +452,7 @@ def wait_for(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
 
 
+@pytest.mark.slow
 def test_one_device_eight_and_two_processes_of_four_give_the_same_curve(tmp_path):
     """21 steps in float32: two batches of 8 in each epoch are shared out, and one of 6 is not."""
     arguments = "--epochs 7 --batch_size 8 --seeds 1 --optimizer adamsrt --output"

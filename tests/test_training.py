@@ -1,4 +1,4 @@
-"""The trainer: an epoch's batches, drivers, seeds, devices, evaluation, which epoch is tested."""
+"""The trainer: an epoch's batches, the two drivers, evaluation, failure, going on."""
 
 import json
 from functools import partial
@@ -13,19 +13,11 @@ from flax import nnx
 
 from cifar import data, recipes, training
 from cifar.data import Split
-from tiny import Tiny, make_data, make_split, prepare, start
+from tiny import Tiny, close, make_data, make_split, prepare, start
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 CONSTANT = optax.constant_schedule(0.1)
-
-
-def close(a: Any, b: Any, tolerance: float) -> None:
-    """Compare two trees, relative to each leaf's largest element."""
-
-    def of_leaf(x, y):
-        x, y = np.asarray(x), np.asarray(y)
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1.0, np.abs(y).max()))
-
-    jax.tree.map(of_leaf, a, b)
 
 
 class Spy(nnx.Module):
@@ -104,96 +96,6 @@ def test_the_two_drivers_agree():
     assert [p.step for p in calls["loop"]] == [0, 1, 2, 3, 4, 5] * 2
     assert [p.step for p in calls["scan"]] == [0, 4, 5] * 2
     close(*runs.values(), 1e-5)  # ten steps in float32, compiled differently
-
-
-def alone_and_together(tx, *, seeds=(0, 7, 3), make_model=None):
-    """The same 20 steps one by one, and mapped over seeds."""
-    kwargs = {"batch_size": 11, "driver": "loop"}
-    if make_model:
-        kwargs["make_model"] = make_model
-    images = make_data(pad=2, flip=True)
-    trainer, *first = prepare(tx, images, seeds=seeds[:1], **kwargs)
-    others = [start(tx, images, seeds=(seed,), **kwargs) for seed in seeds[1:]]
-    alone = []
-    for of_seed, run in [first, *others]:
-        run = training.fit(trainer, of_seed, run, epochs=10, schedule=CONSTANT)
-        alone.append((run, training.results(trainer, run)[0]))
-    trainer, of_seeds, run = prepare(tx, images, seeds=seeds, **kwargs)
-    run = training.fit(trainer, of_seeds, run, epochs=10, schedule=CONSTANT)
-    return alone, (run, training.results(trainer, run))
-
-
-def check_alone_and_together(alone, together, tolerance: float) -> None:
-    run, results = together
-    for i, (one, result) in enumerate(alone):
-        of_seed = jax.tree.map(lambda x, i=i: x[i : i + 1], (run.state, run.best))
-        close(of_seed, (one.state, one.best), tolerance)
-        close(results[i], result, tolerance)
-        pairs = zip(run.progress.history[i], one.progress.history[0], strict=True)
-        for mapped, single in pairs:
-            assert mapped.epoch == single.epoch and mapped.images_per_second > 0
-            close(mapped[1:-1], single[1:-1], tolerance)
-    # What was compared differs between the seeds.
-    assert len({history[0].train_loss for history in run.progress.history}) == len(alone)
-
-
-def test_seeds_at_once_are_those_of_each_alone():
-    """20 steps of AdamSRT at the recipes' learning rate, in float32."""
-    recipe = recipes.recipe("cifar10", "resnet20", "adamsrt")[0]
-    tx = recipes.make_optimizer("adamsrt", recipe, 1e-3)
-    check_alone_and_together(*alone_and_together(tx), 1e-5)
-
-
-@pytest.mark.parametrize("name", recipes.OPTIMIZERS)
-def test_seeds_at_once_are_those_of_each_alone_in_float64(name):
-    recipe = recipes.recipe("cifar10", "resnet20", name)[0]
-
-    def in_float64(seed):
-        model = Tiny(4, dtype=jnp.float64, rngs=nnx.Rngs(seed))
-        for _, variable in nnx.iter_graph(model):
-            if isinstance(variable, nnx.Param | nnx.BatchStat):
-                variable.set_value(variable[...].astype(jnp.float64))
-        return model
-
-    with jax.enable_x64(True):
-        tx = recipes.make_optimizer(name, recipe, recipe.learning_rate)
-        both = alone_and_together(tx, make_model=in_float64)
-        check_alone_and_together(*both, 1e-8)
-
-
-# Of 22 images: batches of 8 and the last of 6, which 8 devices share or not; or all of 6 and 4.
-@pytest.mark.parametrize(("batch_size", "driver"), [(8, "loop"), (8, "scan"), (6, "loop")])
-def test_devices_that_share_a_batch_give_the_same_run(batch_size, driver):
-    results = []
-    for devices in (1, 8):
-        trainer, seeds, run = prepare(
-            optax.adam(1e-2),
-            make_data(pad=2, flip=True),
-            batch_size=batch_size,
-            seeds=(0, 1),
-            devices=devices,
-            driver=driver,
-        )
-        run = training.fit(trainer, seeds, run, epochs=5, schedule=CONSTANT)
-        assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(run.state))
-        assert len(jax.tree.leaves(run.state)[0].sharding.device_set) == devices
-        curves = [[m._replace(images_per_second=0) for m in h] for h in run.progress.history]
-        results.append((curves, run.best, training.results(trainer, run)))
-    close(*results, 1e-4)  # 15 or 20 steps in float32, summed in another order
-
-
-def test_a_batch_is_computed_in_parts():
-    """The compiled step of 8 devices holds an eighth of the batch in each, after normalisation."""
-    images, tx, mesh = (
-        make_data(pad=2, flip=True),
-        optax.sgd(0.1),
-        training.make_mesh(jax.devices()),
-    )
-    graphdef, state = training.split_model(Tiny(4, rngs=nnx.Rngs(0)), tx)
-    step = jax.jit(training.make_step(graphdef, tx, images, 16, mesh))
-    args = (state, images.train, *training.epoch_order(jax.random.key(0), 1, jnp.arange(22)), 0)
-    text = step.lower(*args).compile().as_text()
-    assert "f32[2,32,32,3]" in text and "f32[16,32,32,3]" not in text
 
 
 @pytest.mark.parametrize(("total", "devices"), [(50, 1), (1400, 1), (3000, 8)])

@@ -1,6 +1,7 @@
 """A network and a data set that train in a moment."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,6 +38,16 @@ def make_data(*, pad: int = 0, flip: bool = False) -> DataSet:
     """Of 23 training images, one is for validation."""
     splits = make_split(23, 0), make_split(70, 2)
     return DataSet("tiny", tuple("abcd"), *splits, (0.5,) * 3, (0.25,) * 3, pad, flip)
+
+
+def close(a: Any, b: Any, tolerance: float) -> None:
+    """Compare two trees, relative to each leaf's largest element."""
+
+    def of_leaf(x, y):
+        x, y = np.asarray(x), np.asarray(y)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1.0, np.abs(y).max()))
+
+    jax.tree.map(of_leaf, a, b)
 
 
 def make_tiny(seed: int) -> Tiny:
