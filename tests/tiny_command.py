@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import train_cifar
-from cifar import data, models
-from tiny import Tiny, make_data
+    import train_cifar
+    from cifar import data, models
+    from tiny import Tiny, make_data
 
-models.MODELS["resnet20"] = Tiny
-data.load = lambda *_, **__: make_data(pad=2, flip=True)
-sys.exit(train_cifar.main())
+    models.MODELS["resnet20"] = Tiny
+    data.load = lambda *_, **__: make_data(pad=2, flip=True)
+    sys.exit(train_cifar.main())
