@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import paper_table
 import table_runs
 from cifar import recipes
+from cifar.command import make_parser, positive
 from table_runs import Key, Protocol, Run
 
 EXAMPLES = """\
@@ -310,16 +311,9 @@ def _report(output: Path) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="reproduce_table.py",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("reproduce_table.py", "[options]", __doc__, EXAMPLES)
     add = parser.add_argument
-    number = {"type": _positive, "metavar": "N"}
+    number = {"type": positive, "metavar": "N"}
     add(
         "--settings",
         type=lambda text: _names(text, paper_table.SETTINGS),
@@ -386,12 +380,6 @@ def _stand_in(text: str) -> str:
     if text == "digits" or text.removeprefix("folder:") not in ("", text):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is neither digits nor folder:PATH")
-
-
-def _positive(text: str) -> int:
-    if text.isascii() and text.isdigit() and int(text) >= 1:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cifar.command import make_parser
 from cifar.files import replace_file
 
 if TYPE_CHECKING:
@@ -371,14 +372,7 @@ def _check_output(path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compare_runs.py",
-        usage="%(prog)s [options] DIR...",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("compare_runs.py", "[options] DIR...", __doc__, EXAMPLES)
     add = parser.add_argument
     add("directories", type=Path, nargs="+", metavar="DIR", help="with runs at or below it")
     add(

@@ -7,11 +7,12 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cifar import recipes
+from cifar.command import make_parser, number, positive
 from cifar.signals import Stopped, StopSignals, stop_signals
 
 EXAMPLES = """\
@@ -93,7 +94,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     import jax
     from flax import nnx
 
-    from cifar import data, models, processes, report, runs, training
+    from cifar import data, models, processes, programs, report, runs
 
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
     groups = _groups(args)
@@ -110,7 +111,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     count = len(data.validation_split(len(images.train.labels), args.seed)[0])
     if args.batch_size > count:
         raise _Refused(f"--batch_size {args.batch_size} is above the {count} training images")
-    steps = training.steps_per_epoch(count, args.batch_size)
+    steps = programs.steps_per_epoch(count, args.batch_size)
     if args.epochs * steps > MAX_STEPS:
         raise _Refused(f"--epochs {args.epochs} is above {MAX_STEPS // steps}, the most that fit")
     lock = None  # held as long as this is referenced
@@ -134,7 +135,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         schedule=schedule,
         milestones=milestones,
         steps_per_epoch=steps,
-        mesh=training.make_mesh(jax.devices()),
+        mesh=programs.make_mesh(jax.devices()),
         git_revision=report.find_git_revision(),
         signals=signals,
     )
@@ -208,14 +209,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train_cifar.py",
-        usage="%(prog)s [options]",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("train_cifar.py", "[options]", __doc__, EXAMPLES)
     add = parser.add_argument
     add(
         "--dataset",
@@ -230,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=recipes.OPTIMIZERS, default="adamsrt", help="default: %(default)s")
     add(
         "--epochs",
-        type=_positive,
+        type=positive,
         default=recipes.EPOCHS,
         metavar="N",
         help="the learning rate falls to a tenth after 1/3, 5/9 and 7/9 of them "
@@ -238,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--batch_size",
-        type=_positive,
+        type=positive,
         default=recipes.BATCH_SIZE,
         metavar="N",
         help="images in a step (default: %(default)s)",
@@ -254,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--seeds",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="K",
         help="train K networks, with the seeds from --seed on, at once (on a CPU one after "
@@ -303,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         "all three (default: there is one process)",
     )
     several.add_argument(
-        "--num_processes", type=_positive, metavar="N", help="how many processes there are"
+        "--num_processes", type=positive, metavar="N", help="how many processes there are"
     )
     several.add_argument("--process_id", type=_index, metavar="I", help="which one this is, from 0")
     return parser
@@ -325,29 +319,15 @@ def _coordinator(text: str) -> str:
 
 
 def _index(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "an integer from 0")
-
-
-def _positive(text: str) -> int:
-    return _number(text, int, lambda value: value >= 1, "an integer from 1")
+    return number(text, int, lambda value: value >= 0, "an integer from 0")
 
 
 def _seed(text: str) -> int:
-    return _number(text, int, lambda value: 0 <= value < 2**32, "an integer from 0 to 4294967295")
+    return number(text, int, lambda value: 0 <= value < 2**32, "an integer from 0 to 4294967295")
 
 
 def _rate(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a finite number from 0")
-
-
-def _number(text: str, kind: type, allowed: Callable[[float], bool], wanted: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
+    return number(text, float, lambda value: 0 <= value < math.inf, "a finite number from 0")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar import checkpoints, training
+from cifar import checkpoints, programs
 from tiny import Tiny
 
 EXAMPLES = Path(checkpoints.__file__).parents[1]
@@ -72,7 +72,7 @@ def step_names(directory: Path) -> list[str]:
 @pytest.fixture
 def training_arrays():
     """A training state, the best network, and arrays on several devices."""
-    _, state = training.split_model(Tiny(4, rngs=nnx.Rngs(0)), optax.adam(1e-3))
+    _, state = programs.split_model(Tiny(4, rngs=nnx.Rngs(0)), optax.adam(1e-3))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     numbers = np.random.default_rng(0).standard_normal((8, 1000), np.float32)
     numbers[0, :3] = -0.0, np.nan, np.inf

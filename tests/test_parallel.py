@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-from cifar import recipes, training
+from cifar import programs, recipes, training
 from tiny import Tiny, close, make_data, prepare, start
 
 CONSTANT = optax.constant_schedule(0.1)
@@ -93,10 +93,10 @@ def test_a_batch_is_computed_in_parts():
     images, tx, mesh = (
         make_data(pad=2, flip=True),
         optax.sgd(0.1),
-        training.make_mesh(jax.devices()),
+        programs.make_mesh(jax.devices()),
     )
-    graphdef, state = training.split_model(Tiny(4, rngs=nnx.Rngs(0)), tx)
-    step = jax.jit(training.make_step(graphdef, tx, images, 16, mesh))
-    args = (state, images.train, *training.epoch_order(jax.random.key(0), 1, jnp.arange(22)), 0)
+    graphdef, state = programs.split_model(Tiny(4, rngs=nnx.Rngs(0)), tx)
+    step = jax.jit(programs.make_step(graphdef, tx, images, 16, mesh))
+    args = (state, images.train, *programs.epoch_order(jax.random.key(0), 1, jnp.arange(22)), 0)
     text = step.lower(*args).compile().as_text()
     assert "f32[2,32,32,3]" in text and "f32[16,32,32,3]" not in text

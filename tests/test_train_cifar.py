@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import train_cifar
-from cifar import data, models, recipes, report, training
+from cifar import data, models, programs, recipes, report, training
 from tiny import Tiny, make_split
 
 SCRIPT = Path(train_cifar.__file__)
@@ -36,10 +36,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tiny(compiled_quickly):
     """Trains the tiny network instead of ResNet-20, on one device."""
-    make_mesh = training.make_mesh
+    make_mesh = programs.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "resnet20", Tiny)
-        patch.setattr(training, "make_mesh", lambda devices: make_mesh(devices[:1]))
+        patch.setattr(programs, "make_mesh", lambda devices: make_mesh(devices[:1]))
         yield
 
 
@@ -239,7 +239,7 @@ def test_a_signal_before_training_stops_at_once(signum, code, monkeypatch, tmp_p
 
 def test_an_interrupt_in_a_callback_of_compiled_code_is_not_lost(folder, tiny, monkeypatch, capfd):
     """An exception may be swallowed there."""
-    swallowed, make_step = [], training.make_step
+    swallowed, make_step = [], programs.make_step
 
     def swallow():
         if not swallowed:
@@ -257,7 +257,7 @@ def test_an_interrupt_in_a_callback_of_compiled_code_is_not_lost(folder, tiny, m
         return calling_step
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(training, "make_step", make_calling_step)
+    monkeypatch.setattr(programs, "make_step", make_calling_step)
     assert train_cifar.main(run_arguments(folder)) == 130
     err = capfd.readouterr().err
     assert swallowed and err == (

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from cifar import data, recipes, training
+from cifar import data, programs, recipes, training
 from cifar.data import Split
 from tiny import Tiny, close, make_data, make_split, prepare, start
 
@@ -65,14 +65,14 @@ def test_an_epoch_uses_every_training_image_once(driver, batch_size):
 def test_order_differs_by_epoch_and_seed_and_can_be_reproduced():
     places = jnp.arange(100, 200)
     orders = {
-        (seed, epoch): np.asarray(training.epoch_order(jax.random.key(seed), epoch, places)[0])
+        (seed, epoch): np.asarray(programs.epoch_order(jax.random.key(seed), epoch, places)[0])
         for seed in (0, 1)
         for epoch in (1, 2, 3)
     }
     for order in orders.values():
         np.testing.assert_array_equal(np.sort(order), places)
     assert len({order.tobytes() for order in orders.values()}) == len(orders)
-    again, _ = training.epoch_order(jax.random.key(1), 3, places)
+    again, _ = programs.epoch_order(jax.random.key(1), 3, places)
     np.testing.assert_array_equal(again, orders[1, 3])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from cifar import training
+from cifar import programs, training
 from cifar.data import DataSet, Split
 
 
@@ -56,7 +56,7 @@ def make_tiny(seed: int) -> Tiny:
 
 def start(tx, images, *, seeds=(0,), make_model=make_tiny, **_) -> tuple:
     """What `training.fit` takes, but for the trainer."""
-    mesh = training.make_mesh(jax.devices()[:1])
+    mesh = programs.make_mesh(jax.devices()[:1])
     return training.start_run(make_model, tx, seeds, len(images.train.labels), mesh)[1:]
 
 
@@ -69,12 +69,12 @@ def prepare(
     seeds: tuple[int, ...] = (0,),
     driver: str | None = None,
     devices: int = 1,
-) -> tuple[training.Trainer, training.Seeds, training.Run]:
+) -> tuple[programs.Trainer, programs.Seeds, training.Run]:
     """What `training.fit` takes."""
-    mesh = training.make_mesh(jax.devices()[:devices])
+    mesh = programs.make_mesh(jax.devices()[:devices])
     total = len(images.train.labels)
     graphdef, of_seeds, run = training.start_run(make_model, tx, seeds, total, mesh)
-    trainer = training.compile_trainer(
+    trainer = programs.compile_trainer(
         graphdef, tx, images, of_seeds, run.state, batch_size=batch_size, mesh=mesh, driver=driver
     )
     return trainer, of_seeds, run

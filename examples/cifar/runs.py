@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from cifar import checkpoints, report, training
+from cifar import checkpoints, programs, report, training
 from cifar.data import DataSet
 from cifar.processes import leads, make_stop
 from cifar.signals import Stopped, StopSignals
@@ -157,8 +157,8 @@ def say(text: str, *, file: IO[str] | None = None) -> None:
 
 
 def _train_group(
-    job: Job, directories: dict[int, Path | None], trainer: training.Trainer | None
-) -> tuple[training.Trainer, list[training.Result | None]]:
+    job: Job, directories: dict[int, Path | None], trainer: programs.Trainer | None
+) -> tuple[programs.Trainer, list[training.Result | None]]:
     """Train some seeds at once; gives the programs back, and None for a seed that failed."""
     seeds, epochs = list(directories), job.arguments["epochs"]
     images = len(job.images.train.labels)
@@ -180,7 +180,7 @@ def _train_group(
             )
         ]
         show = stack.enter_context(_progress_bar(job, of_seeds, _name(job, seeds)))
-        trainer = trainer or training.compile_trainer(
+        trainer = trainer or programs.compile_trainer(
             graphdef,
             job.tx,
             job.images,
@@ -353,7 +353,7 @@ def _line(latest: Sequence[training.Metrics], epochs: int) -> str:
 
 @contextmanager
 def _progress_bar(
-    job: Job, of_seeds: training.Seeds, name: str
+    job: Job, of_seeds: programs.Seeds, name: str
 ) -> Generator[Callable[[training.Progress], None], None, None]:
     """A bar over the images of an epoch; gives the function that shows where a run stands."""
     seeds, images = of_seeds.train.shape

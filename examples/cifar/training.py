@@ -1,60 +1,22 @@
-"""Training and evaluation: one pure step function, compiled for several seeds at once.
+"""Training: from a seed's first step to its results, with all figures on the way.
 
-The step is a function of (parameters, batch statistics, optimizer state) and of the epoch's order
-and key; it gathers its batch from the data set on the devices, augments and normalises it. It is
-mapped over seeds, so every array outside of it has a leading axis of seeds, also when there is one
-seed only (which costs nothing). All arrays are whole on every device of a mesh, whose axis `data`
-shares out the images of a batch.
-
-On a GPU the epoch's full batches run as one `lax.scan`; on a CPU, where XLA runs convolutions
-inside a scan some twenty times slower, a Python loop calls the compiled step.
+The arrays and the compiled programs are those of `programs`; what is here keeps count.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cifar.data import DataSet, Split, augment, normalise, validation_split
-
-EVALUATION_BATCH = 1250  # divides the validation and test splits of CIFAR
-
-
-class TrainState(NamedTuple):
-    """What a training step changes."""
-
-    params: nnx.State
-    batch_stats: nnx.State
-    opt_state: optax.OptState
-
-
-class Network(NamedTuple):
-    """What an evaluation needs."""
-
-    params: nnx.State
-    batch_stats: nnx.State
-
-
-class Batch(NamedTuple):
-    """Figures of one batch, or of several along leading axes."""
-
-    loss: jax.Array  # mean cross-entropy in nats, float32
-    correct: jax.Array  # number of images, int32
-
-
-class Seeds(NamedTuple):
-    """What the seeds of a program differ in from the outset, along a leading axis."""
-
-    key: jax.Array  # of order and augmentation
-    train: jax.Array  # int32 [seeds, images]: the places of the images to train on
-    valid: jax.Array  # int32 [seeds, images]: those for validation
+from cifar.data import validation_split
+from cifar.programs import Batch, Network, Seeds, Trainer, TrainState, split_model
 
 
 class Metrics(NamedTuple):
@@ -104,39 +66,6 @@ class Result(NamedTuple):
     best_epoch: int
 
 
-class Trainer(NamedTuple):
-    """The compiled programs of a training. `steps` is of an epoch, `images` of its training."""
-
-    images: int
-    steps: int
-    batch_size: int
-    compile_seconds: float
-    shuffle: Callable[[Seeds, int], tuple[jax.Array, jax.Array]]
-    train: Callable[[TrainState, jax.Array, jax.Array, int], tuple[TrainState, Batch]]
-    validate: Callable[[Network, Seeds], tuple[list[float], list[float]]]
-    test: Callable[[Network], tuple[list[float], list[float]]]
-    choose: Callable[[np.ndarray, Network, Network], Network]
-
-
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh with one axis, `data`, along which the images of a batch are shared out."""
-    # Under explicit axes, JAX's default, the gradient of Optax's integer-label loss fails.
-    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
-
-
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Number of optimizer steps of an epoch, the last and possibly incomplete batch included."""
-    return math.ceil(images / batch_size)
-
-
-def split_model(
-    model: nnx.Module, tx: optax.GradientTransformation
-) -> tuple[nnx.GraphDef, TrainState]:
-    """The static part of a model, and its initial state for the step function."""
-    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return graphdef, TrainState(params, batch_stats, tx.init(params))
-
-
 def start_run(
     make_model: Callable[[int], nnx.Module],
     tx: optax.GradientTransformation,
@@ -182,203 +111,6 @@ def start_run(
     )
     best = jax.tree.map(jnp.copy, Network(state.params, state.batch_stats))
     return split[0][0], of_seeds, Run(state, best, progress)
-
-
-def epoch_order(
-    key: jax.Array, epoch: int | jax.Array, places: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """An epoch's training images in their order, int32 [images], and the key of its augmentations.
-
-    Depends on `key`, `epoch` and the `places` of the images alone, so any epoch can be reproduced
-    without the earlier ones.
-    """
-    shuffle_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
-    return jax.random.permutation(shuffle_key, places), augment_key
-
-
-def make_step(
-    graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformation,
-    data: DataSet,
-    batch_size: int,
-    mesh: Mesh,
-) -> Callable[..., tuple[TrainState, Batch]]:
-    """Build the training step of one seed, `step(state, split, order, key, index, *, size)`.
-
-    It takes the batch `index` of an epoch: the `size` images that follow the first
-    `index * batch_size` of `order`. It is pure, so it can be jitted, scanned over `index`, and
-    mapped over seeds (over `state`, `order` and `key`).
-
-    Args:
-      graphdef: of a model that is called as `model(images, train=True)`.
-      tx: the optimizer.
-      data: where augmentation, mean and deviation are read from; its images are not used.
-      batch_size: images in a full batch.
-      mesh: the devices that share a batch.
-    """
-
-    def loss_fn(params, batch_stats, images, labels):
-        model = nnx.merge(graphdef, params, batch_stats, copy=True)
-        losses, correct = _losses(model(images, train=True), labels)
-        return losses.mean(), (correct.sum(dtype=jnp.int32), nnx.state(model, nnx.BatchStat))
-
-    def step(
-        state: TrainState,
-        split: Split,
-        order: jax.Array,
-        key: jax.Array,
-        index: int | jax.Array,
-        *,
-        size: int = batch_size,
-    ) -> tuple[TrainState, Batch]:
-        chosen = _share(jax.lax.dynamic_slice_in_dim(order, index * batch_size, size), mesh)
-        images = augment(
-            jax.random.fold_in(key, index), split.images[chosen], pad=data.pad, flip=data.flip
-        )
-        (loss, (correct, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params,
-            state.batch_stats,
-            _share(normalise(images, data.mean, data.std), mesh),
-            split.labels[chosen],
-        )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state), Batch(loss, correct)
-
-    return step
-
-
-def compile_trainer(
-    graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformation,
-    data: DataSet,
-    seeds: Seeds,
-    state: TrainState,
-    *,
-    batch_size: int,
-    mesh: Mesh,
-    driver: str | None = None,
-) -> Trainer:
-    """Compile all that a training runs; the data set is moved to the devices once.
-
-    The programs serve for any run with as many seeds.
-
-    Args:
-      graphdef: of a model that is called as `model(images, train=...)` on float images
-        [n, 32, 32, 3].
-      tx: the optimizer, its learning rate included.
-      data: the data set.
-      seeds: from `start_run`.
-      state: from `start_run`, for its shapes.
-      batch_size: from 1 to the number of training images; an epoch's last batch may be smaller.
-      mesh: from `make_mesh`. A batch that its devices do not divide is computed whole on each.
-      driver: "scan" (an epoch's full batches in one call) or "loop" (one call per step); by default
-        "loop" on a CPU and "scan" elsewhere.
-    """
-    began = time.perf_counter()
-    driver = driver or ("loop" if jax.default_backend() == "cpu" else "scan")
-    whole = NamedSharding(mesh, PartitionSpec())
-    train_split, test_split = jax.device_put((data.train, data.test), whole)
-    images = seeds.train.shape[1]
-    full, rest = divmod(images, batch_size)
-
-    def compiled(function, *args, donate=()):
-        return jax.jit(function, donate_argnums=donate, out_shardings=whole).lower(*args).compile()
-
-    def shuffled(seeds, epoch):
-        return jax.vmap(epoch_order, (0, None, 0))(seeds.key, epoch, seeds.train)
-
-    step = make_step(graphdef, tx, data, batch_size, mesh)
-    map_step = jax.vmap(step, (0, None, 0, 0, None))
-
-    def scan(state, split, order, key, index):
-        del index  # 0
-
-        def body(state, i):
-            return map_step(state, split, order, key, i)
-
-        return jax.lax.scan(body, state, jnp.arange(full))
-
-    def last(state, split, order, key, index):
-        def step_of_rest(*args):
-            return step(*args, size=rest)
-
-        return jax.vmap(step_of_rest, (0, None, 0, 0, None))(state, split, order, key, index)
-
-    shuffle = compiled(shuffled, seeds, 0)
-    args = (state, train_split, *shuffle(seeds, 0), 0)
-    # Not compiled before it is called: a scan is cut only by a run that began with the loop.
-    run_one = jax.jit(map_step, donate_argnums=0, out_shardings=whole)
-    run_full = (
-        compiled(scan, *args, donate=0) if driver == "scan" else run_one.lower(*args).compile()
-    )
-    run_last = compiled(last, *args, donate=0) if rest else run_full
-
-    def train(state, order, key, index):
-        program = run_last if index == full else run_full
-        if driver == "scan" and 0 < index < full:
-            program = run_one
-        return program(state, train_split, order, key, index)
-
-    def choose(better, new, old):
-        def of_leaf(new, old):
-            return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        return jax.tree.map(of_leaf, new, old)
-
-    network = Network(state.params, state.batch_stats)
-    count = len(seeds.key), len(data.test.labels)
-    everything = jax.device_put(np.broadcast_to(np.arange(count[1], dtype=np.int32), count), whole)
-    validate = _compile_evaluation(graphdef, data, network, train_split, seeds.valid, mesh)
-    test = _compile_evaluation(graphdef, data, network, test_split, everything, mesh)
-    choose = compiled(choose, np.ones(count[0], bool), network, network, donate=2)
-    return Trainer(
-        images=images,
-        steps=steps_per_epoch(images, batch_size),
-        batch_size=batch_size,
-        compile_seconds=time.perf_counter() - began,
-        shuffle=shuffle,
-        train=train,
-        validate=lambda network, seeds: validate(network, seeds.valid),
-        test=lambda network: test(network, everything),
-        choose=choose,
-    )
-
-
-def _compile_evaluation(
-    graphdef: nnx.GraphDef,
-    data: DataSet,
-    network: Network,
-    split: Split,
-    places: jax.Array,
-    mesh: Mesh,
-) -> Callable[[Network, jax.Array], tuple[list[float], list[float]]]:
-    """An evaluation with running statistics of `places` of `split`: mean loss and accuracy."""
-    count = places.shape[1]
-    batch_size = min(EVALUATION_BATCH, max(64, count))
-    batch_size += -batch_size % mesh.size
-
-    def sums(network, split, places, start):
-        wanted = start + jnp.arange(batch_size)
-        chosen = _share(places[jnp.minimum(wanted, count - 1)], mesh)
-        model = nnx.merge(graphdef, *network, copy=True)
-        images = _share(normalise(split.images[chosen], data.mean, data.std), mesh)
-        losses, correct = _losses(model(images, train=False), split.labels[chosen])
-        real = wanted < count  # the last batch is padded
-        return jnp.sum(losses, where=real), jnp.sum(correct, where=real, dtype=jnp.int32)
-
-    mapped = jax.jit(
-        jax.vmap(sums, (0, None, 0, None)), out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
-    compiled = mapped.lower(network, split, places, 0).compile()
-
-    def evaluate(network: Network, places: jax.Array) -> tuple[list[float], list[float]]:
-        starts = range(0, count, batch_size)
-        parts = jax.device_get([compiled(network, split, places, start) for start in starts])
-        means = np.asarray(parts, np.float64).sum(axis=0) / count
-        return means[0].tolist(), means[1].tolist()
-
-    return evaluate
 
 
 def fit(
@@ -518,16 +250,3 @@ def results(trainer: Trainer, run: Run) -> list[Result | None]:
             run.progress.failed, accuracies, losses, run.progress.best_epoch, strict=True
         )
     ]
-
-
-def _losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each image in nats, in float32 at least, and whether it is right."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, jnp.argmax(logits, axis=-1) == labels
-
-
-def _share(batch: jax.Array, mesh: Mesh) -> jax.Array:
-    """Share a batch out among the devices, or leave it whole on each if they do not divide it."""
-    spec = PartitionSpec("data") if len(batch) % mesh.size == 0 else PartitionSpec()
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))

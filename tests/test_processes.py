@@ -1,0 +1,171 @@
+"""The command in processes of its own: several that train together, and one that is killed."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ends import assert_same_end, figures
+
+COMMAND = Path(__file__).with_name("tiny_command.py")
+FAST = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def start_command(arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(COMMAND), *arguments.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | FAST | environment,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_processes(arguments: str, count: int = 2) -> list[subprocess.Popen]:
+    """Processes that train together, each with 4 virtual devices."""
+    common = f"{arguments} --coordinator 127.0.0.1:{free_port()} --num_processes {count}"
+    return [
+        start_command(f"{common} --process_id {i}", JAX_NUM_CPU_DEVICES="4") for i in range(count)
+    ]
+
+
+def start_in_cluster(arguments: str, count: int = 2) -> list[subprocess.Popen]:
+    """The same, started as Open MPI would."""
+    environment = {
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+        "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": str(count),
+    }
+    return [
+        start_command(
+            f"{arguments} --coordinator auto",
+            OMPI_COMM_WORLD_RANK=str(i),
+            OMPI_COMM_WORLD_LOCAL_RANK=str(i),
+            **environment,
+        )
+        for i in range(count)
+    ]
+
+
+def wait_for(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_one_device_eight_and_two_processes_of_four_give_the_same_curve(tmp_path):
+    """21 steps in float32: two batches of 8 in each epoch are shared out, and one of 6 is not."""
+    arguments = "--epochs 7 --batch_size 8 --seeds 1 --optimizer adamsrt --output"
+    for devices in (1, 8):
+        output = tmp_path / f"{devices}"
+        ((code, _, err),) = wait_for(
+            [start_command(f"{arguments} {output}", JAX_NUM_CPU_DEVICES=f"{devices}")]
+        )
+        assert code == 0, err
+    leader, other = wait_for(start_processes(f"{arguments} {tmp_path / 'processes'}"))
+    assert leader[0] == other[0] == 0, leader[2] + other[2]
+    assert "on 8 x cpu" in leader[1] and "epoch 7/7" in leader[1]
+    # One process prints and writes; Gloo's lines are from XLA.
+    assert [line for line in other[1].splitlines() if not line.startswith("[Gloo]")] == []
+    names = {path.name for path in (tmp_path / "1").iterdir()}
+    assert {path.name for path in (tmp_path / "processes").iterdir()} == names
+
+    expected, lines = figures(tmp_path / "1")
+    for name in ("8", "processes"):
+        result, curve = figures(tmp_path / name)
+        assert result[:3] == pytest.approx(expected[:3], abs=1e-4) and result[3] == expected[3]
+        assert len(curve) == 7
+        for line, wanted in zip(curve, lines, strict=True):
+            assert line == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_go_on(tmp_path):
+    """SIGTERM to one of them: both write the checkpoint of the same step and exit alike."""
+    output = tmp_path / "run"
+    arguments = f"--epochs 2000 --batch_size 8 --resume --output {output}"
+    processes = start_processes(arguments)
+    leader, other = processes
+    assert leader.stdout is not None
+    for line in leader.stdout:
+        if line.startswith("epoch 5/"):
+            break
+    other.send_signal(signal.SIGTERM)
+    for code, _, err in wait_for(processes):
+        assert code == 143 and err.endswith(
+            f"terminated; --resume goes on with what is in {output}\n"
+        )
+    done = len((output / "metrics.jsonl").read_text().splitlines())
+    assert done >= 5
+    processes = start_in_cluster(arguments)
+    assert processes[0].stdout is not None
+    for line in processes[0].stdout:
+        if line.startswith("going on"):
+            assert f"epoch {done + 1}" in line
+            break
+    processes[0].send_signal(signal.SIGINT)
+    assert [code for code, *_ in wait_for(processes)] == [130, 130]
+
+
+@pytest.mark.slow  # it starts the command a dozen times
+def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
+    """SIGKILL ten times, anywhere: while starting, compiling, training, writing, ending."""
+
+    def start(output: Path) -> subprocess.Popen:
+        return start_command(f"--epochs 300 --batch_size 5 --resume --output {output}")
+
+    began = time.monotonic()
+    undisturbed = start(tmp_path / "undisturbed")
+    _, err = undisturbed.communicate(timeout=120)
+    assert undisturbed.returncode == 0, err
+    needed = time.monotonic() - began
+
+    output, rng = tmp_path / "killed", random.Random(0)
+    kills, went_on = 0, 0
+    while kills < 10:
+        process = start(output)
+        out = ""
+        if kills % 3:  # after a line that it prints: the first is before compilation
+            assert process.stdout is not None
+            for _ in range(rng.choice([2, 3, 10, 20])):
+                out += process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            time.sleep(rng.uniform(0, needed))
+        process.kill()
+        rest, err = process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGKILL, 0), err
+        kills += process.returncode != 0
+        went_on += "going on in epoch" in out + rest
+        (output / "summary.json").unlink(missing_ok=True)  # as if killed just before
+    assert went_on >= 3
+    last = start(output)
+    _, err = last.communicate(timeout=120)
+    assert last.returncode == 0, err
+    assert_same_end(output, tmp_path / "undisturbed")
+
+
+def test_a_cluster_that_is_not_recognised_is_refused(tmp_path):
+    ((code, _, err),) = wait_for([start_command(f"--coordinator auto --output {tmp_path / 'run'}")])
+    assert code == 2 and err.splitlines()[-1] == (
+        "train_cifar.py: error: --coordinator auto finds no cluster that JAX knows here"
+    )
+    assert not (tmp_path / "run").exists()
