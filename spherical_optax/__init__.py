@@ -4,7 +4,7 @@ from importlib.metadata import version as _version
 
 from spherical_optax._adam_g import adam_g, scale_by_adam_g
 from spherical_optax._adam_s import adam_s, scale_by_adam_s
-from spherical_optax._adam_srt import ScaleByAdamSRTState, adam_srt, scale_by_adam_srt
+from spherical_optax._adam_srt import adam_srt, scale_by_adam_srt
 from spherical_optax._constraints import (
     ReprojectToSphereState,
     normalize_per_group,
@@ -37,7 +37,6 @@ __version__ = _version("spherical-optax")
 
 __all__ = [
     "ReprojectToSphereState",
-    "ScaleByAdamSRTState",
     "adam_g",
     "adam_s",
     "adam_srt",

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._adam_s import adam_step, zero_moments
+from spherical_optax._adam_s import adam_step, average, zero_moments
 from spherical_optax._constraints import reproject_to_sphere
 from spherical_optax._geometry import Transport, check_transport, transport_momentum
-from spherical_optax._groups import norm
+from spherical_optax._groups import norm, squared_norm
 from spherical_optax._leaves import map_leaves, need_params
 from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes
@@ -63,13 +63,13 @@ def scale_by_adam_g(
         count = optax.safe_increment(state.count)
 
         def leaf(axes, g, mu, nu, x):
-            if not axes:
-                return adam_step(g, mu, nu, count, b1, b2, eps, axes)
-            radius = norm(x, axes)
-            radius = jnp.where(radius == 0, 1.0, radius)
-            mu = transport_momentum(x, mu, axes, transport)
-            step, mu, nu = adam_step(radius * g, mu, nu, count, b1, b2, eps, axes, mean=False)
-            return radius * step, mu, nu
+            radius = 1.0
+            if axes:
+                radius = norm(x, axes)
+                radius = jnp.where(radius == 0, 1.0, radius)
+            mu = average(radius * g, transport_momentum(x, mu, axes, transport), b1)
+            nu = average(radius**2 * squared_norm(g, axes), nu, b2)
+            return radius * adam_step(mu, nu, count, b1, b2, eps, axes), mu, nu
 
         updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
         return updates, optax.ScaleByAdamState(count, mu, nu)

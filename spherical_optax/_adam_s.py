@@ -1,4 +1,4 @@
-"""AdamS, Adam with one second moment per group, and the step that the Adams here share.
+"""AdamS, Adam with one second moment per group, and the parts that the Adams here share.
 
 A leaf without reduction axes runs through the same lines and comes out as in Adam.
 """
@@ -13,8 +13,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._groups import group_size, squared_norm, widen
-from spherical_optax._leaves import map_leaves
-from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
+from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._ready import scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes, map_selected
 
 
@@ -52,19 +52,34 @@ def scale_by_adam_s(
     >>> so.group_inner(updates, updates, channel_axes=()).round(3)  # d, the first time
     Array([2.], dtype=float32)
     """
+    return _scale_by_adam_s(None, b1, b2, eps, channel_axes, mu_dtype)
 
+
+def _scale_by_adam_s(
+    weight_decay: optax.ScalarOrSchedule | None,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    channel_axes: ChannelAxes,
+    mu_dtype: DTypeLike | None,
+) -> optax.GradientTransformation:
     def init_fn(params):
         mu, nu = zero_moments(params, channel_axes, mu_dtype)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update_fn(updates, state, params=None):
-        del params
+        params = None if weight_decay is None else need_params(params, "adam_s")
+        decay = decay_at(state.count, weight_decay)
         count = optax.safe_increment(state.count)
 
-        def leaf(axes, g, mu, nu):
-            return adam_step(g, mu, nu, count, b1, b2, eps, axes)
+        def leaf(axes, g, mu, nu, x=None):
+            g, square, nu = decay_gradient(g, x, decay, nu, axes)
+            size = group_size(g.shape, axes)
+            mu = average(g, mu, b1)
+            nu = average(square / size, nu, b2)
+            return adam_step(mu, nu, count, b1, b2, eps / math.sqrt(size), axes), mu, nu
 
-        updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu)
+        updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -120,8 +135,7 @@ def adam_s(
     Array([ True], dtype=bool)
     """
     return optax.chain(
-        add_coupled_decay(weight_decay, "adam_s"),
-        scale_by_adam_s(b1, b2, eps, channel_axes=channel_axes, mu_dtype=mu_dtype),
+        _scale_by_adam_s(weight_decay, b1, b2, eps, channel_axes, mu_dtype),
         scale_by_learning_rate(learning_rate),
     )
 
@@ -139,8 +153,41 @@ def zero_moments(
     return optax.tree.zeros_like(params, dtype=mu_dtype), nu
 
 
-def adam_step(
+def decay_at(count: ArrayLike, weight_decay: optax.ScalarOrSchedule | None) -> ArrayLike | None:
+    """The weight decay of a step, counted from 0; None where there is none to add."""
+    if weight_decay is None or isinstance(weight_decay, int | float) and weight_decay == 0:
+        return None
+    return weight_decay(count) if callable(weight_decay) else weight_decay
+
+
+def decay_gradient(
     g: jax.Array,
+    x: jax.Array | None,
+    decay: ArrayLike | None,
+    nu: jax.Array,
+    axes: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adds coupled decay: the gradient, its squared norm, and nu as it was."""
+    if decay is None or x is None:
+        return g, squared_norm(g, axes), nu
+    rate = jnp.asarray(decay, g.dtype)
+    decayed = g + rate * x
+    if not axes:
+        return decayed, squared_norm(decayed, axes), nu
+    # On a CPU XLA would write the decayed gradient to memory, as the sum and the update both read
+    # it. Behind the barrier the sum has one of its own, which is fused; nu makes the barriers of
+    # different leaves differ.
+    own_rate, nu = jax.lax.optimization_barrier((rate, nu))
+    return decayed, squared_norm(g + own_rate * x, axes), nu
+
+
+def average(new: jax.Array, old: jax.Array, decay: ArrayLike) -> jax.Array:
+    """The moving average `(1 - decay) new + decay old`."""
+    # 1 - decay is taken before any rounding to the arrays' dtype.
+    return jnp.asarray(1 - decay, new.dtype) * new + jnp.asarray(decay, new.dtype) * old
+
+
+def adam_step(
     mu: jax.Array,
     nu: jax.Array,
     count: ArrayLike,
@@ -148,31 +195,15 @@ def adam_step(
     b2: ArrayLike,
     eps: ArrayLike,
     axes: tuple[int, ...],
-    *,
-    mean: bool = True,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One Adam step in the order of Optax's operations: step, mu, nu.
-
-    `mean=False` takes the sum of squares of a group for its second moment.
-    """
-    size = group_size(g.shape, axes) if mean else 1
-    square = squared_norm(g, axes)
-    if size > 1:
-        square, eps = square / size, eps / math.sqrt(size)
-    mu = _average(g, mu, b1)
-    nu = _average(square, nu, b2)
+) -> jax.Array:
+    """`mu/(1 - b1^t) / (sqrt(nu/(1 - b2^t)) + eps)`, in the order of Optax's operations."""
     correction1, correction2 = (_bias_correction(b, count, nu.dtype) for b in (b1, b2))
     denominator = jnp.sqrt(nu / correction2) + jnp.asarray(eps, nu.dtype)
     # With eps = 0 and no gradient so far: no step.
     denominator = jnp.where(denominator == 0, jnp.inf, denominator)
     if axes:  # one division per group, and not per element
-        return mu * (1 / (correction1 * denominator)), mu, nu
-    return mu / correction1 / denominator, mu, nu
-
-
-def _average(new: jax.Array, old: jax.Array, decay: ArrayLike) -> jax.Array:
-    # 1 - decay is taken before any rounding to the arrays' dtype.
-    return jnp.asarray(1 - decay, new.dtype) * new + jnp.asarray(decay, new.dtype) * old
+        return mu * (1 / (correction1 * denominator))
+    return mu / correction1 / denominator
 
 
 def _bias_correction(decay: ArrayLike, count: ArrayLike, dtype: DTypeLike) -> jax.Array:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._adam_s import adam_step, zero_moments
+from spherical_optax._adam_s import adam_step, average, decay_at, decay_gradient, zero_moments
 from spherical_optax._geometry import Transport, check_transport, transport_momentum
-from spherical_optax._groups import divide_or, squared_norm, widen
+from spherical_optax._groups import divide_or, group_size, squared_norm
 from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
-from spherical_optax._selection import ChannelAxes, map_selected
-
-
-class ScaleByAdamSRTState(NamedTuple):
-    """State of `scale_by_adam_srt`."""
-
-    count: ArrayLike  # int32 []
-    mu: optax.Updates  # as the parameters, or in mu_dtype
-    nu: optax.Updates  # float32 at least, one number per group: the summed axes have size 1
-    sq_norm: optax.Updates  # like nu: |x|² at the last update; a scalar 0 for classic leaves
+from spherical_optax._ready import scale_by_learning_rate
+from spherical_optax._selection import ChannelAxes
 
 
 def scale_by_adam_srt(
@@ -52,13 +43,14 @@ def scale_by_adam_srt(
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, divided by sqrt(d).
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
-      transport: "rescale" projects mu on the tangent space at x and multiplies nu by the ratio of
-        the squared norms; "isometric" projects mu, keeps its length (after steps of up to 60
-        degrees), and leaves nu; "none" is `scale_by_adam_s`.
+      transport: "rescale" projects mu on the tangent space at x and divides the second moment by
+        the growth of |x|²; "isometric" projects mu, keeps its length (after steps of up to 60
+        degrees), and leaves the second moment; "none" is `scale_by_adam_s`.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
     Returns:
-      A gradient transformation.
+      A gradient transformation whose state is an `optax.ScaleByAdamState`: nu, in float32 at least,
+      has one number per group, the second moment of the gradients times |x|² with "rescale".
 
     Raises:
       ValueError: `transport` is unknown, or `update` is called without the parameters.
@@ -73,37 +65,46 @@ def scale_by_adam_srt(
     Array(True, dtype=bool)
     """
     check_transport(transport)
+    return _scale_by_adam_srt(None, b1, b2, eps, channel_axes, transport, mu_dtype)
 
+
+def _scale_by_adam_srt(
+    weight_decay: optax.ScalarOrSchedule | None,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    channel_axes: ChannelAxes,
+    transport: Transport,
+    mu_dtype: DTypeLike | None,
+) -> optax.GradientTransformation:
     def init_fn(params):
         mu, nu = zero_moments(params, channel_axes, mu_dtype)
-        sq_norm = map_selected(
-            lambda leaf: (
-                squared_norm(widen(leaf.value), leaf.axes)
-                if leaf.axes
-                else jnp.zeros([], jnp.float32)
-            ),
-            channel_axes,
-            params,
-        )
-        return ScaleByAdamSRTState(jnp.zeros([], jnp.int32), mu, nu, sq_norm)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update_fn(updates, state, params=None):
-        params = need_params(params, "scale_by_adam_srt")
+        link = "scale_by_adam_srt" if weight_decay is None else "adam_srt"
+        params = need_params(params, link)
+        decay = decay_at(state.count, weight_decay)
         count = optax.safe_increment(state.count)
 
-        def leaf(axes, g, mu, nu, sq_norm, x):
-            if axes:
-                now = squared_norm(x, axes)
-                if transport == "rescale":
-                    ratio = divide_or(sq_norm, now, 1.0)
-                    nu = nu * jnp.where(ratio == 0, 1.0, ratio)
-                mu, sq_norm = transport_momentum(x, mu, axes, transport), now
-            return *adam_step(g, mu, nu, count, b1, b2, eps, axes), sq_norm
+        def leaf(axes, g, mu, nu, x):
+            g, square, nu = decay_gradient(g, x, decay, nu, axes)
+            size = group_size(g.shape, axes)
+            mu = average(g, transport_momentum(x, mu, axes, transport), b1)
+            here = average(square / size, nu, b2)
+            if axes and transport == "rescale":
+                # Of |x| g, which stays as it is from one radius to the next. A group of zeros has
+                # no radius: its gradient counts for this step and is not remembered.
+                sq_norm = squared_norm(x, axes)
+                nu = average(sq_norm * square / size, nu, b2)
+                here = divide_or(nu, sq_norm, here)
+            else:
+                nu = here
+            step = adam_step(mu, here, count, b1, b2, eps / math.sqrt(size), axes)
+            return step, mu, nu
 
-        updates, mu, nu, sq_norm = map_leaves(
-            leaf, channel_axes, updates, state.mu, state.nu, state.sq_norm, params=params
-        )
-        return updates, ScaleByAdamSRTState(count, mu, nu, sq_norm)
+        updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -127,8 +128,9 @@ def adam_srt(
 
     As y = x - s mu with one number s per group, the first line is mu - (<mu, y>/|y|²) y, the
     projection of mu on the tangent space at y. It needs neither x nor s, and so it waits: mu is
-    stored as it is and projected when the next update shows y. The state has mu, and one nu and
-    one |x|² per group: half of Adam's.
+    stored as it is and projected when the next update shows y. The second line leaves nu |x|² as it
+    is, and that is what is stored, as a moving average of |x|² |g|²/d: of the gradients on the unit
+    sphere. The state has mu, and one number per group: half of Adam's.
 
     Args:
       learning_rate: a number or a schedule.
@@ -157,7 +159,6 @@ def adam_srt(
     0.5
     """
     return optax.chain(
-        add_coupled_decay(weight_decay, "adam_srt"),
-        scale_by_adam_srt(b1, b2, eps, channel_axes=channel_axes, mu_dtype=mu_dtype),
+        _scale_by_adam_srt(weight_decay, b1, b2, eps, channel_axes, "rescale", mu_dtype),
         scale_by_learning_rate(learning_rate),
     )

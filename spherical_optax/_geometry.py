@@ -13,7 +13,15 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._groups import Axes, divide_or, inner, norm, reduction_axes, widen
+from spherical_optax._groups import (
+    Axes,
+    divide_or,
+    inner,
+    norm,
+    reduction_axes,
+    squared_norm,
+    widen,
+)
 
 Transport = Literal["rescale", "isometric", "none"]
 
@@ -43,13 +51,18 @@ def transport_momentum(
     """
     if transport == "none" or not axes:
         return momentum
-    projected = tangent(x, momentum, axes)
+    radial = inner(momentum, x, axes)
+    share = divide_or(radial, squared_norm(x, axes), 0.0)
+    projected = momentum - share * x
     if transport == "rescale":
         return projected
-    stretch = divide_or(norm(momentum, axes), norm(projected, axes), 1.0)
-    # For a tangent momentum this is 1/cos of the angle travelled. Above 2 it was radial rather than
-    # tangent, and stretching would make steps of the rest, which is rounding.
-    return projected * jnp.where(stretch > 2, 1.0, stretch)
+    # For a tangent momentum the stretch is 1/cos of the angle travelled. Above 2 it was radial
+    # rather than tangent, and stretching would make steps of the rest, which is rounding. Below 2,
+    # |P_x(m)|² by Pythagoras does not cancel, and saves a pass over the elements.
+    before = squared_norm(momentum, axes)
+    after = before - radial * share
+    squared_stretch = divide_or(before, jnp.where(4 * after > before, after, before), 1.0)
+    return projected * jnp.sqrt(squared_stretch)
 
 
 def project_to_tangent(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax.Array:

@@ -89,7 +89,7 @@ def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def divide_or(numerator: jax.Array, denominator: jax.Array, otherwise: float) -> jax.Array:
+def divide_or(numerator: jax.Array, denominator: jax.Array, otherwise: ArrayLike) -> jax.Array:
     """Returns `numerator / denominator`, and `otherwise` where the denominator is 0."""
     zero = denominator == 0
     return jnp.where(zero, otherwise, numerator / jnp.where(zero, 1, denominator))
