@@ -93,11 +93,24 @@ def write_summary(
         "seconds": seconds,
         "seeds_at_once": seeds_at_once,
         "arguments": arguments,
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
-        "device": _device(),
+        "versions": versions(),
+        "device": device_name(),
         "git_revision": git_revision,
     }
     write_json(path, summary)
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that results depend on; None if not installed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def device_name() -> str:
+    """The devices of this process: `gpu (NVIDIA H100 80GB HBM3)`, `cpu (AMD EPYC, 2 cores)`."""
+    if jax.default_backend() == "cpu":
+        return f"cpu ({_processor()}, {os.cpu_count()} cores)"
+    several = f"{jax.device_count()} x " if jax.device_count() > 1 else ""
+    return f"{jax.default_backend()} ({several}{jax.devices()[0].device_kind})"
 
 
 def find_git_revision() -> str | None:
@@ -193,15 +206,17 @@ def _replace(path: Path, text: str) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2] for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.machine()
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _device() -> str:
-    if jax.default_backend() == "cpu":
-        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
-    several = f"{jax.device_count()} x " if jax.device_count() > 1 else ""
-    return f"{jax.default_backend()} ({several}{jax.devices()[0].device_kind})"
