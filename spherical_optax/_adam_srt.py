@@ -91,15 +91,15 @@ def _scale_by_adam_srt(
             g, square, nu = decay_gradient(g, x, decay, nu, axes)
             size = group_size(g.shape, axes)
             mu = average(g, transport_momentum(x, mu, axes, transport), b1)
-            here = average(square / size, nu, b2)
+            square = square / size
             if axes and transport == "rescale":
-                # Of |x| g, which stays as it is from one radius to the next. A group of zeros has
-                # no radius: its gradient counts for this step and is not remembered.
+                # nu is of |x| g, which stays as it is from one radius to the next. A group of zeros
+                # has none: its gradient counts for this step and is not remembered.
                 sq_norm = squared_norm(x, axes)
-                nu = average(sq_norm * square / size, nu, b2)
-                here = divide_or(nu, sq_norm, here)
+                nu = average(sq_norm * square, nu, b2)
+                here = divide_or(nu, sq_norm, average(square, jnp.zeros_like(nu), b2))
             else:
-                nu = here
+                nu = here = average(square, nu, b2)
             step = adam_step(mu, here, count, b1, b2, eps / math.sqrt(size), axes)
             return step, mu, nu
 

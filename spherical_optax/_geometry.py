@@ -30,7 +30,14 @@ def tangent(x: jax.Array, v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """`v - (<v, x> / |x|²) x` on widened arrays; `v` itself without reduction axes."""
     if not axes:
         return v
-    return v - divide_or(inner(v, x, axes), inner(x, x, axes), 0.0) * x
+    return v - radial_share(v, x, axes) * x
+
+
+def radial_share(v: jax.Array, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`<v, x> / |x|²` on widened arrays, 0 where x is zero."""
+    sq_norm = squared_norm(x, axes)
+    # Not `divide_or`, whose last choice XLA would make anew for each element.
+    return inner(v, x, axes) / jnp.where(sq_norm == 0, jnp.inf, sq_norm)
 
 
 def check_transport(transport: str) -> None:
@@ -51,8 +58,7 @@ def transport_momentum(
     """
     if transport == "none" or not axes:
         return momentum
-    radial = inner(momentum, x, axes)
-    share = divide_or(radial, squared_norm(x, axes), 0.0)
+    share = radial_share(momentum, x, axes)
     projected = momentum - share * x
     if transport == "rescale":
         return projected
@@ -60,7 +66,7 @@ def transport_momentum(
     # rather than tangent, and stretching would make steps of the rest, which is rounding. Below 2,
     # |P_x(m)|² by Pythagoras does not cancel, and saves a pass over the elements.
     before = squared_norm(momentum, axes)
-    after = before - radial * share
+    after = before - share * share * squared_norm(x, axes)
     squared_stretch = divide_or(before, jnp.where(4 * after > before, after, before), 1.0)
     return projected * jnp.sqrt(squared_stretch)
 
