@@ -58,6 +58,12 @@ def _linear(inputs: int, outputs: int, dtype: Dtype | None, rngs: nnx.Rngs) -> n
     )
 
 
+def _relu(x: jax.Array) -> jax.Array:
+    # The next convolution's gradient reads this transposed. Without the barrier XLA does not read
+    # it on a CPU but computes it anew there, out of order, from as far back as the last block.
+    return jax.lax.optimization_barrier(nnx.relu(x))
+
+
 class Block(nnx.Module):
     """Two 3x3 convolutions and a shortcut, with a 1x1 convolution where the shape changes."""
 
@@ -74,11 +80,11 @@ class Block(nnx.Module):
             self.shortcut_bn = _batch_norm(outputs, dtype, rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x), use_running_average=not train))
+        y = _relu(self.bn1(self.conv1(x), use_running_average=not train))
         y = self.bn2(self.conv2(y), use_running_average=not train)
         if self.projects:
             x = self.shortcut_bn(self.shortcut_conv(x), use_running_average=not train)
-        return nnx.relu(x + y)
+        return _relu(x + y)
 
 
 class ResNet(nnx.Module):
@@ -109,7 +115,7 @@ class ResNet(nnx.Module):
 
         With `train`, BatchNorm uses the batch's statistics and updates the running ones in place.
         """
-        x = nnx.relu(self.bn1(self.conv1(x), use_running_average=not train))
+        x = _relu(self.bn1(self.conv1(x), use_running_average=not train))
         for block in self.blocks:
             x = block(x, train=train)
         return self.linear(x.mean(axis=(1, 2)))
@@ -123,7 +129,7 @@ class ConvNorm(nnx.Module):
         self.bn = _batch_norm(outputs, dtype, rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return nnx.relu(self.bn(self.conv(x), use_running_average=not train))
+        return _relu(self.bn(self.conv(x), use_running_average=not train))
 
 
 class VGG(nnx.Module):
