@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence, Set
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import paper_table
 import table_runs
 from cifar import recipes
-from cifar.command import make_parser, positive
+from cifar.command import make_parser, one_of, positive, several
 from table_runs import Key, Protocol, Run
 
 EXAMPLES = """\
@@ -316,14 +317,14 @@ def _parser() -> argparse.ArgumentParser:
     number = {"type": positive, "metavar": "N"}
     add(
         "--settings",
-        type=lambda text: _names(text, paper_table.SETTINGS),
+        type=partial(several, partial(one_of, paper_table.SETTINGS)),
         metavar="NAMES",
         help=f"of {','.join(paper_table.SETTINGS)} (default: all, or all of cifar10 with "
         "--dataset)",
     )
     add(
         "--optimizers",
-        type=lambda text: _names(text, paper_table.OPTIMIZERS),
+        type=partial(several, partial(one_of, paper_table.OPTIMIZERS)),
         default=paper_table.OPTIMIZERS,
         metavar="NAMES",
         help=f"of {','.join(paper_table.OPTIMIZERS)} (default: all)",
@@ -364,16 +365,6 @@ def _parser() -> argparse.ArgumentParser:
         "the other options say",
     )
     return parser
-
-
-def _names(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"unknown {name!r} (choose from {', '.join(known)})")
-        if names.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"{name} is named twice")
-    return names
 
 
 def _stand_in(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -16,6 +16,22 @@ def make_parser(prog: str, usage: str, description: str | None, epilog: str) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def several(kind: Callable[[str], Any], text: str) -> tuple[Any, ...]:
+    """Values separated by commas, each read by `kind` and named once."""
+    values = tuple(map(kind, text.split(",")))
+    for value in values:
+        if values.count(value) > 1:
+            raise argparse.ArgumentTypeError(f"{value} is named twice")
+    return values
+
+
+def one_of(known: Sequence[str], text: str) -> str:
+    """A known name."""
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"unknown {text!r} (choose from {', '.join(known)})")
+    return text
 
 
 def positive(text: str) -> int:

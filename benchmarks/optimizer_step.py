@@ -1,0 +1,222 @@
+"""Time one step of each optimizer beside optax.adam, on the parameters of four networks.
+
+Measurements that are there already are skipped: after an interruption the same command goes on.
+"""
+
+# JAX and PyTorch are imported only inside the functions that need them, so that --help and --report
+# do not wait for them.
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import step_report
+import step_runs
+import table_runs
+from cifar.command import make_parser, one_of, positive, several
+from step_runs import COUNTERPARTS, MODELS, OPTIMIZERS, Figures, Measurement, Setting
+
+if TYPE_CHECKING:
+    from step_programs import Program, Tree
+
+EXAMPLES = """\
+examples:
+  python benchmarks/optimizer_step.py --models resnet20,resnet18
+  python benchmarks/optimizer_step.py --optimizers adam,adam_srt --torch
+  python benchmarks/optimizer_step.py --report --output runs/optimizer_step
+"""
+RUNS = "runs.jsonl"
+
+
+class _Refused(Exception):
+    """The command cannot go on as asked; the message says why."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    It is 0 (all is measured), 1 (something failed), 2 (refused) or 130 (Ctrl-C).
+    """
+    args = _parser().parse_args(argv)
+    kept = f"what {args.output / RUNS} holds is kept"
+    try:
+        return _report(args.output) if args.report else _run(args)
+    except _Refused as error:
+        return _end(2, f"error: {error}")
+    except ModuleNotFoundError as error:
+        return _end(2, f"error: {error}; install it with: pip install -e '.[examples]'")
+    except KeyboardInterrupt:
+        return _end(130, f"interrupted; {kept}, and the same command goes on from there")
+    except OSError as error:
+        return _end(1, f"error: {error}; {kept}")
+
+
+def _end(code: int, message: str) -> int:
+    print(f"optimizer_step.py: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    import jax
+
+    from cifar.report import device_name, find_git_revision, versions
+
+    of_torch = _torch_optimizers() if args.torch else {}
+    output: Path = args.output
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _Refused(f"cannot create {output}: {error.strerror}") from error
+
+    device, packages, revision = device_name(), versions(), find_git_revision()
+    wanted = [
+        Setting(model, name, args.rounds, device, packages | of_torch.get(name, {}))
+        for model in args.models
+        for name in (*args.optimizers, *of_torch)
+    ]
+    recorded = [measurement.setting for measurement in _load(output, warn=True)]
+    missing = [setting for setting in wanted if setting not in recorded]
+
+    failures = []
+    if missing:
+        # Seconds of compiling shall not be those of reading a cache.
+        jax.config.update("jax_enable_compilation_cache", False)
+        for setting, result in _measure(missing):
+            if isinstance(result, Figures):
+                line = step_runs.to_line(Measurement(setting, revision, result))
+                table_runs.append(output / RUNS, line)
+            else:
+                failures.append(f"{setting.optimizer} on {setting.model}: {result}")
+
+    measurements = _load(output)
+    if measurements:
+        step_report.write_report(output, measurements)
+    for failure in failures:
+        _end(1, f"failed: {failure}")
+    where = f"the table is in {output / 'table.md'} and table.png" if measurements else "no table"
+    print(f"{len(missing) - len(failures)} measured, {len(wanted) - len(missing)} there; {where}")
+    return 1 if failures else 0
+
+
+def _torch_optimizers() -> dict[str, dict[str, str]]:
+    """The names of PyTorch's optimizers, each with the version of PyTorch."""
+    try:
+        import torch
+
+        import torch_optimizers
+    except ImportError as error:
+        raise _Refused(f"--torch needs PyTorch ({error}); pip install torch") from error
+    try:
+        names = torch_optimizers.names()
+    except RuntimeError as error:
+        raise _Refused(f"--torch: {error}") from error
+    return {name: {"torch": torch.__version__} for name in names}
+
+
+def _measure(settings: Sequence[Setting]) -> Iterator[tuple[Setting, Figures | str]]:
+    """Measures the settings, model by model; yields figures, or why there are none."""
+    from tqdm import tqdm
+
+    import step_programs
+
+    with tqdm(total=len(settings), unit="optimizer", disable=None) as bar:
+        for model in dict.fromkeys(setting.model for setting in settings):
+            bar.set_description(model)
+            tree = adam = None
+            for setting in [setting for setting in settings if setting.model == model]:
+                bar.set_description(f"{model}, {setting.optimizer}")
+                try:
+                    if tree is None or adam is None:
+                        tree = step_programs.make_tree(model)
+                        adam = step_programs.jax_program("adam", tree)
+                    result = _figures(setting, tree, adam)
+                except RuntimeError as error:  # of the device, such as too little memory
+                    result = str(error).partition("\n")[0]
+                yield setting, result
+                bar.update()
+
+
+def _figures(setting: Setting, tree: Tree, adam: Program) -> Figures:
+    import timing
+    from step_programs import jax_program, measure, nbytes
+
+    # Each time, because neighbours on a shared machine take varying parts of it.
+    bandwidth = timing.copy_bandwidth(rounds=5)
+    common = {"parameter_bytes": nbytes(tree.params), "bandwidth": bandwidth}
+    name = setting.optimizer
+    if name in OPTIMIZERS:
+        return measure(jax_program(name, tree), adam, setting.rounds, **common)
+    import torch_optimizers
+
+    counterpart = COUNTERPARTS[name]
+    ours = adam if counterpart == "adam" else jax_program(counterpart, tree)
+    program = torch_optimizers.torch_program(name, tree)
+    pause = torch_optimizers.PAUSE
+    return measure(program, adam, setting.rounds, **common, ours=ours, pause=pause)
+
+
+def _load(output: Path, *, warn: bool = False) -> list[Measurement]:
+    measurements, broken = step_runs.load(output / RUNS)
+    for number in broken if warn else ():
+        _end(0, f"warning: line {number} of {output / RUNS} is no whole measurement, is ignored")
+    return measurements
+
+
+def _report(output: Path) -> int:
+    measurements = _load(output, warn=True)
+    if not measurements:
+        raise _Refused(f"there are no measurements in {output / RUNS}")
+    step_report.write_report(output, measurements)
+    print(f"{len(measurements)} there; the table is in {output / 'table.md'} and table.png")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("optimizer_step.py", "[options]", __doc__, EXAMPLES)
+    add = parser.add_argument
+    for what, known in (("models", MODELS), ("optimizers", OPTIMIZERS)):
+        add(
+            f"--{what}",
+            type=partial(several, partial(one_of, known)),
+            default=known,
+            metavar="NAMES",
+            help=f"of {','.join(known)} (default: all)",
+        )
+    add(
+        "--rounds",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="timings of each optimizer; fewer, but at least 3, where N of them take more than "
+        "20 seconds (default: %(default)s)",
+    )
+    add(
+        "--torch",
+        action="store_true",
+        help="also PyTorch's Adam and a plain AdamSRT in PyTorch (default: no; needs PyTorch)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/optimizer_step"),
+        metavar="DIR",
+        help=f"directory for {RUNS}, table.md and table.png (default: %(default)s)",
+    )
+    add(
+        "--report",
+        action="store_true",
+        help=f"measure nothing: make table.md and table.png again from {RUNS} of --output, "
+        "whatever the other options say",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
