@@ -73,7 +73,12 @@ def widen(x: ArrayLike) -> jax.Array:
 def inner(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Inner product over reduction axes, which stay with size 1; `x` and `y` are widened."""
     product = x * y
-    return jnp.sum(product, axis=axes, keepdims=True) if axes else product
+    if not axes:
+        return product
+    total = jnp.sum(product, axis=axes, keepdims=True)
+    # Changes nothing. But XLA on a CPU draws into a sum's kernel what follows it, broadcasts to all
+    # elements too, and then takes up to seven times as long; not so across a select.
+    return jnp.where(jnp.isnan(total), jnp.nan, total)
 
 
 def squared_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
