@@ -25,8 +25,8 @@ Key = tuple[Any, ...]
 _CELL = ("model", "precision", "batch_size", "seeds")
 SETTING = ("kind", *_CELL)
 TORCH = ("torch_eager", "torch_compiled")
-# The later of two lines that agree in all of these counts.
-_KEY = (*SETTING, "program", "device", "dataset", "accuracy", "epochs")
+# The later of two lines of a section counts that agree in all of these.
+_KEY = (*SETTING, "program", "dataset", "accuracy", "epochs")
 _FIGURES = {
     "steps": ("rounds", "steps_per_call", "images_per_second", "step_seconds", "ratio_to_adam")
     + ("flops_per_image", "matrix_peak", "peak_share", "compile_seconds", "peak_bytes"),
@@ -38,7 +38,13 @@ _PROGRAMS = ("adam", *(name for name in recipes.OPTIMIZERS if name != "adam"), *
 
 def key(line: Line) -> Key:
     """What a line is about."""
-    return tuple(line.get(name) for name in _KEY)
+    return (*_section(line), *(line.get(name) for name in _KEY))
+
+
+def _section(line: Line) -> tuple[str, str]:
+    """The part of the report that a line belongs to: a device, and versions of packages."""
+    versions = [f"{name} {version or 'unknown'}" for name, version in line["versions"].items()]
+    return line["device"], ", ".join(versions)
 
 
 def load(path: Path) -> tuple[dict[Key, Line], list[int]]:
@@ -82,7 +88,7 @@ def write_report(output: Path, lines: Iterable[Line]) -> None:
 def _place(line: Line) -> tuple:
     """Where a line stands in the report; fails for names that are not known."""
     return (
-        line["device"],
+        _section(line),
         list(_FIGURES).index(line["kind"]),
         recipes.MODELS.index(line["model"]),
         recipes.PRECISIONS.index(line["precision"]),
@@ -93,20 +99,20 @@ def _place(line: Line) -> tuple:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The report as Markdown: for each device what ran, a table per kind, and how to read them."""
+    """The report as Markdown: for each device and versions a table per kind, and how to read it."""
     text = ["# Training throughput", "", "![images per second](table.png)", ""]
-    for device, group in itertools.groupby(lines, lambda line: line["device"]):
-        of_device = list(group)
+    for (device, versions), group in itertools.groupby(lines, _section):
+        section = list(group)
         text += [
             f"## {device}",
             "",
-            f"* versions: {_versions(of_device)}",
-            f"* git revision: {_distinct(line['git_revision'] or 'unknown' for line in of_device)}",
-            *(f"* PyTorch: {settings}" for settings in _torch_settings(of_device)),
+            f"* versions: {versions}",
+            f"* git revision: {_distinct(line['git_revision'] or 'unknown' for line in section)}",
+            *(f"* PyTorch: {settings}" for settings in _torch_settings(section)),
             "",
         ]
         for kind, make_row in _ROWS.items():
-            rows = [line for line in of_device if line["kind"] == kind and "error" not in line]
+            rows = [line for line in section if line["kind"] == kind and "error" not in line]
             if rows:
                 head, row = make_row
                 titles = "model | precision | batch | seeds | program".split(" | ") + head
@@ -116,7 +122,7 @@ def table(lines: Sequence[Line]) -> str:
                     *(f"| {' | '.join([*_cell(line), *row(line, rows)])} |" for line in rows),
                     "",
                 ]
-        errors = [line for line in of_device if "error" in line]
+        errors = [line for line in section if "error" in line]
         if errors:
             text += ["Without figures:", ""]
             text += [
@@ -161,10 +167,7 @@ def _row_of_steps(line: Line, rows: Sequence[Line]) -> list[str]:
 
 
 def _row_of_epoch(line: Line, rows: Sequence[Line]) -> list[str]:
-    same = [name for name in _KEY if name != "seeds"]
-    one = [
-        row for row in rows if row["seeds"] == 1 and all(row.get(n) == line.get(n) for n in same)
-    ]
+    one = [row for row in rows if key(row) == key({**line, "seeds": 1})]
     median = line["epoch_seconds"]["median"]
     return [
         _spread(line["epoch_seconds"], 1, ".4g"),
@@ -216,15 +219,6 @@ def _torch_settings(lines: Sequence[Line]) -> list[str]:
     return sorted({", ".join(f"{name} {value}" for name, value in one.items()) for one in every})
 
 
-def _versions(lines: Sequence[Line]) -> str:
-    names = dict.fromkeys(name for line in lines for name in line["versions"])
-    each = {
-        name: {line["versions"][name] or "unknown" for line in lines if name in line["versions"]}
-        for name in names
-    }
-    return ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in each.items())
-
-
 # Told apart without colour too, by hatching.
 _BARS: dict[str, dict[str, Any]] = {
     "adam": {"color": "#9ecae1"},
@@ -235,7 +229,7 @@ _BARS: dict[str, dict[str, Any]] = {
 
 
 def draw(path: Path, lines: Sequence[Line]) -> None:
-    """Draw images per second: a panel per device, model and precision, a bar per program.
+    """Draw images per second: a panel per device, versions, model and precision.
 
     Args:
       path: of the PNG file.
@@ -250,16 +244,17 @@ def draw(path: Path, lines: Sequence[Line]) -> None:
     panels = [
         (panel, list(group))
         for panel, group in itertools.groupby(
-            steps, lambda line: (line["device"], line["model"], line["precision"])
+            steps, lambda line: (*_section(line), line["model"], line["precision"])
         )
     ]
     columns = min(2, len(panels)) or 1
     rows = math.ceil(len(panels) / columns) or 1
     figure = Figure(figsize=(1 + 5 * columns, 1.4 + 3.2 * rows), layout="constrained", dpi=120)
     every = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, (panel, group) in zip(every, panels, strict=False):
+    for axes, ((device, _, *setting), group) in zip(every, panels, strict=False):
         _draw_panel(axes, group, names)
-        axes.set_title("\n".join([", ".join(panel[1:]), panel[0]]), fontsize="medium")
+        title = f"{', '.join(setting)}\n{device}, jax {group[0]['versions'].get('jax')}"
+        axes.set_title(title, fontsize="medium")
     for axes in every[len(panels) :]:
         axes.set_axis_off()
     if not panels:

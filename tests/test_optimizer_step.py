@@ -134,7 +134,9 @@ class Clock:
             self.now += seconds * len(begun) * self.slow()
             begun.clear()
 
-        return Program(lambda: begun.append(1), wait, lambda: None, **({"state_bytes": 8} | figures))
+        return Program(
+            lambda: begun.append(1), wait, lambda: None, **({"state_bytes": 8} | figures)
+        )
 
 
 @pytest.fixture

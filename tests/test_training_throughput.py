@@ -236,13 +236,15 @@ def test_report_of_made_up_lines(tmp_path, capsys):
         {name: x for name, x in step_line(seeds=4).items() if name != "peak_share"},
         step_line(model="vgg16", batch_size=1024, error="no room"),
         step_line(device="cpu (Y)", seeds=4),
+        step_line(versions={"jax": "0.12"}),  # a section of its own
     )
     assert main(output, "--report") == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("4 there; ")
+    assert captured.out.startswith("5 there; ")
     for number in (4, 5, 6):
         assert f"line {number} of {output}/runs.jsonl is no whole measurement" in captured.err
-    cpu, gpu = (output / "table.md").read_text().split("## ")[1:]
+    cpu, gpu, newer = (output / "table.md").read_text().split("## ")[1:]
+    assert newer.startswith("gpu (X)\n\n* versions: jax 0.12\n")
     assert cpu.startswith("cpu (Y)\n") and gpu.startswith("gpu (X)\n")
     assert [line for line in gpu.splitlines() if line.startswith("| resnet")] == [
         "| resnet20 | float32 | 128 | 1 | adam | 100 (90–130) | 1 (0.9–1.3) | 1.000 (0.900–1.300) "
