@@ -171,14 +171,16 @@ def decay_gradient(
     if decay is None or x is None:
         return g, squared_norm(g, axes), nu
     rate = jnp.asarray(decay, g.dtype)
-    decayed = g + rate * x
     if not axes:
-        return decayed, squared_norm(decayed, axes), nu
+        g = g + rate * x
+        return g, squared_norm(g, axes), nu
     # On a CPU XLA would write the decayed gradient to memory, as the sum and the update both read
-    # it. Behind the barrier the sum has one of its own, which is fused; nu makes the barriers of
-    # different leaves differ.
+    # it. Behind barriers each has one of its own, which is fused; nu makes the barriers of
+    # different leaves differ. The update's waits for the sum, so that a leaf's sums come together.
     own_rate, nu = jax.lax.optimization_barrier((rate, nu))
-    return decayed, squared_norm(g + own_rate * x, axes), nu
+    square = squared_norm(g + own_rate * x, axes)
+    rate, square = jax.lax.optimization_barrier((rate, square))
+    return g + rate * x, square, nu
 
 
 def average(new: jax.Array, old: jax.Array, decay: ArrayLike) -> jax.Array:
