@@ -227,7 +227,8 @@ def draw(path: Path, parts: Sequence[Section]) -> None:
 
 
 def _draw_section(strip: SubFigure, part: Section, columns: int) -> None:
-    strip.suptitle(part.device, fontsize="medium")
+    jax = next(iter(part.rows.values())).setting.versions.get("jax")
+    strip.suptitle(f"{part.device}, jax {jax}", fontsize="medium")
     models = part.models()
     rows = math.ceil(len(models) / columns)
     panels = list(strip.subplots(rows, columns, squeeze=False).flat)

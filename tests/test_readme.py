@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 import paper_table
+import step_report
+import step_runs
 import table_runs
+import throughput_report
 from cifar import recipes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+RESULTS = ROOT / "benchmarks" / "results"
+SPEED = ("optimizer_step", "training_throughput")
 COMMANDS = re.findall(r"python (?:examples|benchmarks)/(\w+)\.py (.+)", README.replace("\\\n", " "))
 
 
@@ -39,7 +44,8 @@ def test_there_are_two_shell_commands():
 
 
 def test_the_commands_are_found():
-    assert {name for name, _ in COMMANDS} == {"train_cifar", "compare_runs", "reproduce_table"}
+    examples, benchmarks = {"train_cifar", "compare_runs"}, {"reproduce_table", *SPEED}
+    assert {name for name, _ in COMMANDS} == examples | benchmarks
 
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
@@ -55,8 +61,7 @@ def test_the_table_is_the_papers_and_that_of_the_raw_results():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:9]]
     assert [row[0].split("`")[1] for row in rows] == list(recipes.OPTIMIZERS)
     results = [
-        table_runs.load(ROOT / "benchmarks" / "results" / name / "runs.jsonl")[0]
-        for name in ("cifar10_jpeg", "digits")
+        table_runs.load(RESULTS / name / "runs.jsonl")[0] for name in ("cifar10_jpeg", "digits")
     ]
     for (_, *figures), name in zip(rows, recipes.OPTIMIZERS, strict=True):
         paper = [f"{paper_table.PAPER[s][name].mean:.2f}" for s in paper_table.SETTINGS]
@@ -72,10 +77,54 @@ def test_the_table_is_the_papers_and_that_of_the_raw_results():
 
 @pytest.mark.parametrize("name", ["cifar10_jpeg", "digits"])
 def test_the_committed_tables_are_made_from_the_committed_runs(name):
-    directory = ROOT / "benchmarks" / "results" / name
+    directory = RESULTS / name
     runs, broken = table_runs.load(directory / "runs.jsonl")
     assert runs and not broken
     assert (directory / "table.md").read_text(encoding="utf-8") == paper_table.table(runs)
+
+
+def test_the_times_are_those_of_the_raw_results():
+    measurements, _ = step_runs.load(RESULTS / "optimizer_step_cpu" / "runs.jsonl")
+    older, newer = step_report.sections(measurements)
+    assert "jax 0.10.2" in older.versions and "jax 0.12.0" in newer.versions
+    lines = README[README.index("| time to `optax.adam` |") :].split("\n\n")[0].splitlines()
+    assert len(lines) == 12
+    for line in lines[2:]:
+        label, *figures = [cell.strip() for cell in line.strip("|").split("|")]
+        name = label.split("`")[1] if "`" in label else "torch_adam_srt"
+        rows = newer.rows if label.endswith("jax 0.12") else older.rows
+        ratios = [rows[model, name].figures.ratio_to_adam.median for model in step_runs.MODELS]
+        assert figures == [f"{ratio:.2f}" for ratio in ratios], label
+    bytes_ratios = [
+        m.figures.bytes_ratio for (_, name), m in older.rows.items() if name == "adam_srt"
+    ]
+    assert {f"{ratio:.2f}" for ratio in bytes_ratios} == {"1.00"}
+
+
+def test_the_images_per_second_are_those_of_the_raw_results():
+    lines, _ = throughput_report.load(RESULTS / "training_throughput_cpu" / "runs.jsonl")
+    rates = {
+        (line["versions"]["jax"], line["program"]): f"{line['images_per_second']['median']:.0f}"
+        for line in lines.values()
+        if line["kind"] == "steps" and line["batch_size"] == 128
+    }
+    said = re.search(
+        r"at batch 128 with (\d+) images/s with `adam` and (\d+) with `adam_srt` \(jax 0.12: (\d+) "
+        r"and (\d+)\), where PyTorch reaches (\d+) eagerly and (\d+) compiled",
+        " ".join(README.split()),
+    )
+    ours = [rates[jax, name] for jax in ("0.10.2", "0.12.0.1") for name in ("adam", "adamsrt")]
+    torch = [rates["0.10.2", name] for name in ("torch_eager", "torch_compiled")]
+    assert said and list(said.groups()) == ours + torch
+
+
+def test_the_committed_speed_tables_are_made_from_the_committed_runs(tmp_path):
+    for name in SPEED:
+        directory, copy = RESULTS / f"{name}_cpu", tmp_path / name
+        copy.mkdir()
+        (copy / "runs.jsonl").write_bytes((directory / "runs.jsonl").read_bytes())
+        assert importlib.import_module(name).main(["--report", "--output", str(copy)]) == 0
+        assert (copy / "table.md").read_bytes() == (directory / "table.md").read_bytes()
 
 
 def test_the_links_lead_somewhere():
