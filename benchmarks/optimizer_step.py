@@ -9,6 +9,7 @@ Measurements that are there already are skipped: after an interruption the same 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -64,6 +65,9 @@ def _end(code: int, message: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.torch:
+        # Otherwise JAX takes most of the GPU's memory at its start, and leaves PyTorch little.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     from cifar.report import device_name, find_git_revision, versions

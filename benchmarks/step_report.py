@@ -68,8 +68,8 @@ NOTES = """\
 * Coupled L2 (5e-4) is part of all but `adamw` and `muon`. `muon` orthogonalises the kernels that
   the spherical optimizers have on spheres, and leaves the rest to its Adam.
 * accessed: by XLA's cost analysis, which counts what every kernel reads and writes, from memory or
-  from a cache; of copy bandwidth: this per second, relative to a copy of 256 MiB just before. On a
-  CPU the caches make it exceed 100 % where the tree fits into them.
+  from a cache; of copy bandwidth: this per second, relative to a copy of 256 MiB just before. It
+  exceeds 100 % where kernels find in a cache what others have read.
 * On a GPU a step of a small tree takes as long as its kernels take to launch.
 * `torch_adam`: `torch.optim.Adam` as it is; `torch_adam_srt`: AdamSRT as one writes it in plain
   PyTorch; the same shapes and number of threads, in the same rounds.

@@ -137,11 +137,12 @@ def _notes(lines: Sequence[Line]) -> list[str]:
     notes = {
         "steps": "images/s: of all seeds of a program together, augmentation included: the median, "
         "and the quartiles over rounds in which the cell's programs ran in turn. ÷ adam: the time "
-        "of a step over that with adam in the same round, likewise; for PyTorch too, over adam in "
-        "our trainer. share of peak: three times the forward FLOPs of convolutions and linear "
-        "layers, over the device's measured rate in a large matrix product of this precision. "
-        "compiling: of all programs of a training; in PyTorch, the first call. peak memory: where "
-        "the device tells it, of the whole cell, and only of one that needed more than all before.",
+        "of a step over that with adam in the same of n rounds, likewise; for PyTorch too, over "
+        "adam in our trainer. share of peak: three times the forward FLOPs of convolutions and "
+        "linear layers, over the device's measured rate in a large matrix product of this "
+        "precision. compiling: of all programs of a training; in PyTorch, the first call. peak "
+        "memory: where the device tells it, of the whole cell, and only of one that needed more "
+        "than all before.",
         "epoch": "an epoch: 47,500 random images, and validation on 2,500; all seeds together. "
         "÷ 1 seed: over the median with one seed in the same setting.",
         "accuracy": "seconds: of training and validation, without compiling, until the first epoch "
@@ -160,6 +161,7 @@ def _row_of_steps(line: Line, rows: Sequence[Line]) -> list[str]:
         _spread(line["images_per_second"], 1, ".0f"),
         _spread(line["step_seconds"], 1e3, ".4g"),
         _spread(ratio, 1, ".3f") if ratio else "–",
+        str(line["rounds"]),
         f"{100 * line['peak_share']:.1f} %",
         f"{line['compile_seconds']:.1f}",
         f"{memory / 1e9:.2f}" if memory else "–",
@@ -191,7 +193,7 @@ def _row_of_accuracy(line: Line, rows: Sequence[Line]) -> list[str]:
 
 _ROWS = {
     "steps": (
-        ["images/s", "step, ms", "÷ adam", "share of peak", "compiling, s", "peak memory, GB"],
+        ["images/s", "step, ms", "÷ adam", "n", "share of peak", "compiling, s", "peak memory, GB"],
         _row_of_steps,
     ),
     "epoch": (

@@ -199,7 +199,7 @@ def adam_step(
     axes: tuple[int, ...],
 ) -> jax.Array:
     """`mu/(1 - b1^t) / (sqrt(nu/(1 - b2^t)) + eps)`, in the order of Optax's operations."""
-    correction1, correction2 = (_bias_correction(b, count, nu.dtype) for b in (b1, b2))
+    correction1, correction2 = (bias_correction(b, count, nu.dtype) for b in (b1, b2))
     denominator = jnp.sqrt(nu / correction2) + jnp.asarray(eps, nu.dtype)
     # With eps = 0 and no gradient so far: no step.
     denominator = jnp.where(denominator == 0, jnp.inf, denominator)
@@ -208,6 +208,7 @@ def adam_step(
     return mu / correction1 / denominator
 
 
-def _bias_correction(decay: ArrayLike, count: ArrayLike, dtype: DTypeLike) -> jax.Array:
+def bias_correction(decay: ArrayLike, count: ArrayLike, dtype: DTypeLike) -> jax.Array:
+    """`1 - decay^t`, which an average of equal values from 0 on has reached after t steps."""
     wide = jnp.result_type(float)  # float64 where float64 arrays are possible
     return (1 - jnp.asarray(decay, wide) ** jnp.asarray(count, wide)).astype(dtype)

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._adam_s import adam_step, average, decay_at, decay_gradient, zero_moments
+from spherical_optax._adam_s import (
+    adam_step,
+    average,
+    bias_correction,
+    decay_at,
+    decay_gradient,
+    zero_moments,
+)
 from spherical_optax._geometry import Transport, check_transport, transport_momentum
 from spherical_optax._groups import divide_or, group_size, squared_norm
 from spherical_optax._leaves import map_leaves, need_params
@@ -94,10 +101,12 @@ def _scale_by_adam_srt(
             square = square / size
             if axes and transport == "rescale":
                 # nu is of |x| g, which stays as it is from one radius to the next. A group of zeros
-                # has none: its gradient counts for this step and is not remembered.
+                # has none: its gradient counts for this step alone, as if all had been like it. So
+                # does that of a group too small for |x|² |g|².
                 sq_norm = squared_norm(x, axes)
                 nu = average(sq_norm * square, nu, b2)
-                here = divide_or(nu, sq_norm, average(square, jnp.zeros_like(nu), b2))
+                alone = bias_correction(b2, count, nu.dtype) * square
+                here = divide_or(nu, jnp.where(nu > 0, sq_norm, 0.0), alone)
             else:
                 nu = here = average(square, nu, b2)
             step = adam_step(mu, here, count, b1, b2, eps / math.sqrt(size), axes)

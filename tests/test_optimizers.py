@@ -379,6 +379,23 @@ def test_a_group_that_leaves_zero_starts_anew():
     assert_close(np.asarray(after.nu), np.asarray(anew.nu))
 
 
+@pytest.mark.parametrize("radius", [0.0, 1e-22, 1e-16, 1e-3])
+@pytest.mark.parametrize("late", [0, 1, 300])
+def test_a_group_of_any_size_starts_with_a_step_of_size_one(radius, late):
+    # In float32, where |x|² |g|² of the small ones is 0 although |x|² is not. As in a warm-up from
+    # 0, the group stays in its place at first.
+    x = jnp.full((4, 2), radius, jnp.float32)
+    g = jnp.full((4, 2), 1e-3, jnp.float32).at[:2].multiply(-1)  # tangent
+    tx = so.scale_by_adam_srt(eps=0.0, channel_axes=-1)
+    update = jax.jit(tx.update)
+    state = tx.init(x)
+    for _ in range(late):
+        _, state = update(g, state, x)
+    updates, _ = update(g, state, x)
+    # mu/(1 - b1^t) is the gradient, and the second moment its square.
+    assert_close(np.abs(np.asarray(updates)), np.ones((4, 2)), 1e-4)
+
+
 @pytest.mark.parametrize("name", ["scale_by_adam_srt", "trace_rt"])
 @pytest.mark.parametrize("transport", ["rescale", "isometric", "none"])
 def test_decay_alone_does_not_turn_a_group(name, transport):

@@ -248,9 +248,9 @@ def test_report_of_made_up_lines(tmp_path, capsys):
     assert cpu.startswith("cpu (Y)\n") and gpu.startswith("gpu (X)\n")
     assert [line for line in gpu.splitlines() if line.startswith("| resnet")] == [
         "| resnet20 | float32 | 128 | 1 | adam | 100 (90–130) | 1 (0.9–1.3) | 1.000 (0.900–1.300) "
-        "| 45.6 % | 12.3 | 1.50 |",
-        "| resnet20 | float32 | 128 | 1 | torch_eager | 100 (90–130) | 1 (0.9–1.3) | – | 45.6 % "
-        "| 12.3 | – |",
+        "| 3 | 45.6 % | 12.3 | 1.50 |",
+        "| resnet20 | float32 | 128 | 1 | torch_eager | 100 (90–130) | 1 (0.9–1.3) | – | 3 "
+        "| 45.6 % | 12.3 | – |",
     ]
     assert "* PyTorch: version 9.9, threads 2\n" in gpu and "PyTorch: version" not in cpu
     assert "* steps, vgg16, float32, 1024, 1, adam: no room\n" in gpu
