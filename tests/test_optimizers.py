@@ -338,7 +338,8 @@ def test_each_optimizer_is_a_chain_of_public_links(name):
     for ours, theirs in zip(
         replay(ready, params, grads), replay(REBUILT[name](axes), params, grads), strict=True
     ):
-        chex.assert_trees_all_equal(ours, theirs)
+        # XLA may round the decay inside a link otherwise than in front of it.
+        chex.assert_trees_all_close(ours, theirs, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_a_schedule_is_followed_and_weight_decay_may_be_one():
