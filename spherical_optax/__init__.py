@@ -22,6 +22,13 @@ from spherical_optax._groups import (
     group_inner,
     group_norm,
 )
+from spherical_optax._measures import (
+    angle_per_step,
+    deformation,
+    effective_learning_rate,
+    radial_fraction,
+    radius,
+)
 from spherical_optax._momentum import (
     sgd_mrt,
     trace_rt,
@@ -32,18 +39,28 @@ from spherical_optax._selection import (
     path_labels,
     path_mask,
 )
+from spherical_optax._with_geometry import (
+    WithGeometryState,
+    geometry,
+    with_geometry,
+)
 
 __version__ = _version("spherical-optax")
 
 __all__ = [
     "ReprojectToSphereState",
+    "WithGeometryState",
     "adam_g",
     "adam_s",
     "adam_srt",
     "angle",
+    "angle_per_step",
     "by_path",
+    "deformation",
     "describe",
+    "effective_learning_rate",
     "exp_map",
+    "geometry",
     "group_inner",
     "group_norm",
     "normalize_per_group",
@@ -52,6 +69,8 @@ __all__ = [
     "path_mask",
     "project_to_tangent",
     "project_to_tangent_space",
+    "radial_fraction",
+    "radius",
     "reproject_to_sphere",
     "retract",
     "scale_by_adam_g",
@@ -59,4 +78,5 @@ __all__ = [
     "scale_by_adam_srt",
     "sgd_mrt",
     "trace_rt",
+    "with_geometry",
 ]

@@ -221,10 +221,13 @@ def angle(x: jax.Array, y: jax.Array, *, channel_axes: Axes) -> jax.Array:
     >>> so.angle(jnp.array([1.0, 0.0]), jnp.array([5.0, 5e-3]), channel_axes=())
     Array([0.001], dtype=float32)
     """
-    axes = reduction_axes(x.shape, channel_axes)
-    start, end = widen(x), widen(y)
-    start_norm, end_norm = norm(start, axes), norm(end, axes)
-    u = divide_or(start, start_norm, 0.0)
-    w = divide_or(end, end_norm, 0.0)
+    return angle_between(widen(x), widen(y), reduction_axes(x.shape, channel_axes))
+
+
+def angle_between(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`angle` on widened arrays."""
+    x_norm, y_norm = norm(x, axes), norm(y, axes)
+    u = divide_or(x, x_norm, 0.0)
+    w = divide_or(y, y_norm, 0.0)
     theta = 2 * jnp.arctan2(norm(u - w, axes), norm(u + w, axes))
-    return jnp.where((start_norm == 0) | (end_norm == 0), 0.0, theta)
+    return jnp.where((x_norm == 0) | (y_norm == 0), 0.0, theta)

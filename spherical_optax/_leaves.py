@@ -31,8 +31,9 @@ def map_leaves(
       ValueError: the trees differ; the message names the first such path.
     """
     leaves = select(updates, channel_axes)
-    trees = [*states] if params is None else [*states, params]
-    columns = [_aligned(leaves, tree, tree is params) for tree in trees]
+    columns = [_aligned(leaves, tree, "the updates", "the optimizer's state") for tree in states]
+    if params is not None:
+        columns.append(_aligned(leaves, params, "the updates", "the parameters", exact=True))
     results = []
     for leaf, *values in zip(leaves, *columns, strict=True):
         old = [leaf.value, *values]
@@ -50,6 +51,32 @@ def map_leaves(
     )
 
 
+def map_groups(
+    fn: Callable[..., Any], channel_axes: ChannelAxes, tree: optax.Params, **others: optax.Params
+) -> Any:
+    """Calls `fn(axes, leaf, *others)` for each spherical leaf; returns the tree of its results.
+
+    `fn` works in the dtype of the leaf, or in float32 if that is narrower; the others broadcast to
+    its shape. Positions without a spherical leaf are `None` in the result.
+
+    Raises:
+      ValueError: the trees differ; the message names the first such path.
+    """
+    leaves = select(tree, channel_axes)
+    columns = [
+        _aligned(leaves, other, "the tree that is measured", f"`{name}`")
+        for name, other in others.items()
+    ]
+    results = []
+    for leaf, *values in zip(leaves, *columns, strict=True):
+        result = None
+        if leaf.axes:
+            whole = [jnp.broadcast_to(value, leaf.value.shape) for value in (leaf.value, *values)]
+            result = fn(leaf.axes, *_in_one_dtype(whole))
+        results.append(result)
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_hole), results)
+
+
 def need_params(params: optax.Params | None, link: str) -> optax.Params:
     """Returns `params`; raises `ValueError` with the remedy if it is missing."""
     if params is None:
@@ -59,32 +86,28 @@ def need_params(params: optax.Params | None, link: str) -> optax.Params:
     return params
 
 
-def _aligned(leaves: list[Leaf], tree: Any, is_params: bool) -> list[Any]:
-    what = "the parameters" if is_params else "the optimizer's state"
+def _aligned(
+    leaves: list[Leaf], tree: Any, ours: str, theirs: str, *, exact: bool = False
+) -> list[Any]:
+    """The values of a tree at the places of `leaves`; `ours` and `theirs` name the two trees."""
+    remedy = "pass trees of the same structure and shapes, and a state that tx.init(params) made"
     named = named_leaves(tree)
-    ours, theirs = [leaf.path for leaf in leaves], [path for path, _ in named]
-    if ours != theirs:
-        odd = next((path for path in ours if path not in theirs), None)
-        here, there = "the updates", what
+    here, there = [leaf.path for leaf in leaves], [path for path, _ in named]
+    if here != there:
+        odd = next((path for path in here if path not in there), None)
+        has, lacks = ours, theirs
         if odd is None:
-            odd = next((path for path in theirs if path not in ours), theirs[0])
-            here, there = what, "the updates"
-        raise ValueError(
-            f"{odd}: in {here} but not at this place in {there}; pass updates, state and "
-            "parameters of the same tree, and make the state by tx.init(params)"
-        )
+            odd = next((path for path in there if path not in here), there[0])
+            has, lacks = theirs, ours
+        raise ValueError(f"{odd}: in {has} but not at this place in {lacks}; {remedy}")
     for leaf, (path, value) in zip(leaves, named, strict=True):
         if leaf.skipped:
             continue
         if is_hole(value):
-            raise ValueError(f"{path}: has an update but nothing in {what}")
+            raise ValueError(f"{path}: in {ours} but not in {theirs}")
         shape, other = jnp.shape(leaf.value), jnp.shape(value)
-        fits = shape == other if is_params else _broadcasts(other, shape)
-        if not fits:
-            raise ValueError(
-                f"{path}: the update has shape {shape}, {what} {other}; pass updates, state and "
-                "parameters of the same tree, and make the state by tx.init(params)"
-            )
+        if not (shape == other if exact else _broadcasts(other, shape)):
+            raise ValueError(f"{path}: {shape} in {ours} but {other} in {theirs}; {remedy}")
     return [value for _, value in named]
 
 

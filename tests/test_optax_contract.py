@@ -22,6 +22,11 @@ class Case(NamedTuple):
     needs_params: bool = True
 
 
+def watched_adam_srt(*, channel_axes: Any) -> optax.GradientTransformation:
+    tx = so.adam_srt(0.1, weight_decay=0.01, channel_axes=channel_axes)
+    return so.with_geometry(tx, channel_axes=channel_axes, every=2)
+
+
 CASES = {
     "adam_g": Case(partial(so.adam_g, 0.1)),
     "adam_s": Case(partial(so.adam_s, 0.1, weight_decay=0.01)),
@@ -36,8 +41,10 @@ CASES = {
     "scale_by_adam_srt_isometric": Case(partial(so.scale_by_adam_srt, transport="isometric")),
     "sgd_mrt": Case(partial(so.sgd_mrt, 0.1, weight_decay=0.01)),
     "trace_rt": Case(partial(so.trace_rt, 0.9)),
+    "with_geometry": Case(watched_adam_srt),
 }
-LINKS = [name for name in CASES if name not in ("adam_g", "adam_s", "adam_srt", "sgd_mrt")]
+READY = ("adam_g", "adam_s", "adam_srt", "sgd_mrt", "with_geometry")
+LINKS = [name for name in CASES if name not in READY]
 AXES = so.by_path({"conv": -1, "stack": (0, -1)})
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -354,6 +361,11 @@ def test_params_in_the_state_can_be_mapped(name):
     state = tx.init(PARAMS)
     doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
     assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    names = jax.tree.map(lambda _: "spec", PARAMS)
+    specs = optax.tree.map_params(
+        tx, lambda _, name: name, state, names, transform_non_params=lambda _: "whole"
+    )
+    assert set(jax.tree.leaves(specs)) <= {"spec", "whole"}
 
 
 @with_params
@@ -372,10 +384,10 @@ def test_another_structure_is_refused_with_the_path(name):
     if CASES[name].needs_params:
         with pytest.raises(ValueError, match="^conv: in the updates but not .*the parameters"):
             tx.update(GRADS[0], state, fewer)
-        with pytest.raises(ValueError, match=r"^bias: the update has shape \(8,\)"):
+        with pytest.raises(ValueError, match=r"^bias: \(8,\) in the updates but \(4,\)"):
             tx.update(GRADS[0], state, reshaped)
         for shape in [(), (1,)]:  # nothing is broadcast
-            with pytest.raises(ValueError, match=r"^bias: the update has shape \(1?,?\)"):
+            with pytest.raises(ValueError, match=r"^bias: \(1?,?\) in the updates"):
                 tx.update(GRADS[0] | {"bias": jnp.ones(shape)}, state, PARAMS)
     if jax.tree.leaves(state) and name in LINKS:
         other = tx.init(PARAMS | {"extra": jnp.ones(3)})

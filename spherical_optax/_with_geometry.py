@@ -1,0 +1,225 @@
+"""A wrapper that watches any Optax optimizer's steps on the sphere."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax._groups import norm, widen
+from spherical_optax._leaves import need_params
+from spherical_optax._measures import deformed, observed_rate, radial_part, turned
+from spherical_optax._selection import ChannelAxes, is_hole, named_leaves, select
+
+
+class Spread(NamedTuple):
+    """A measure over the groups of a leaf; scalars in float32 at least."""
+
+    mean: jax.Array
+    min: jax.Array
+    max: jax.Array
+
+
+class LeafGeometry(NamedTuple):
+    """The measures of one leaf at the last measured step."""
+
+    angle: Spread
+    effective_learning_rate: Spread
+    radius: Spread
+    radial_fraction: Spread
+    deformation: Spread
+    momentum_radial_fraction: Spread | None
+
+
+class WithGeometryState(NamedTuple):
+    """State of `with_geometry`."""
+
+    inner_state: optax.OptState  # the wrapped optimizer's own
+    count: jax.Array  # int32 [], the updates since the last measured one
+    leaves: dict[str, LeafGeometry]  # by path, those that are spherical
+
+
+def with_geometry(
+    optimizer: optax.GradientTransformation, *, channel_axes: ChannelAxes, every: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer, unchanged, and measures its steps on the sphere.
+
+    Updates and state of the optimizer are its own. For each spherical leaf, the state keeps mean,
+    minimum and maximum over the groups of, with x and g as passed to `update` and the step s as it
+    comes out of it,
+
+        angle                     θ = atan2(|P_x(s)|, |x| + <s, x>/|x|)
+        effective_learning_rate   tan θ / (|x| |P_x(g)|), for SGD η/r², and with L2 η/(r²(1 - ηλ))
+        radius                    r = |x|
+        radial_fraction           |<s, x>| / (|s| |x|)
+        deformation               ∠(P_x(s), -P_x(g))
+        momentum_radial_fraction  |<m, x>| / (|m| |x|)
+
+    the last one only where the optimizer's state has exactly one field `mu` or `trace`. Wrap the
+    whole optimizer, decay and learning rate included, so that g is the loss's gradient and s the
+    step that is taken. Read the state with `geometry`.
+
+    Args:
+      optimizer: any optimizer; extra arguments of `update` are handed on to it.
+      channel_axes: the selection of what is measured; the optimizer need not know of it.
+      every: measure the first and then each `every`-th update; between them the state keeps the
+        figures. At least 1.
+
+    Returns:
+      The optimizer with a state around its own, whose tree never changes.
+
+    Raises:
+      ValueError: `every` is below 1, or `update` is called without parameters.
+
+    References:
+      Roburin et al., Neurocomputing 2022 (arXiv 2006.13382): effective learning rate and direction.
+
+    >>> import jax.numpy as jnp, optax, spherical_optax as so
+    >>> tx = so.with_geometry(optax.sgd(0.1), channel_axes=-1)
+    >>> params = {"conv": jnp.array([[2.0], [0.0]])}
+    >>> grads = {"conv": jnp.array([[0.0], [4.0]])}
+    >>> updates, state = tx.update(grads, tx.init(params), params)
+    >>> so.geometry(state)["conv/effective_learning_rate/mean"] * 2**2  # η, as r = 2
+    Array(0.1, dtype=float32)
+    """
+    every = operator.index(every)
+    if every < 1:
+        raise ValueError(f"with_geometry: every={every} is not an integer from 1")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params: optax.Params) -> WithGeometryState:
+        inner_state = optimizer.init(params)
+        momenta = _momenta(inner_state)
+        leaves: Any = {}
+        for leaf in select(params, channel_axes):
+            if leaf.axes:
+                zero = jnp.zeros((), widen(leaf.value).dtype)
+                none_yet = Spread(zero, zero, zero)
+                of_momentum = none_yet if leaf.path in momenta else None
+                leaves[leaf.path] = LeafGeometry(
+                    none_yet, none_yet, none_yet, none_yet, none_yet, of_momentum
+                )
+        if not named_leaves(params) and params:
+            # A stand-in of optax.tree.map_params: one leaf for all that is no parameter.
+            leaves = jnp.zeros(())
+        return WithGeometryState(inner_state, jnp.zeros((), jnp.int32), leaves)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, WithGeometryState]:
+        params = need_params(params, "with_geometry")
+        steps, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
+
+        def measure() -> dict[str, LeafGeometry]:
+            # Without the barrier XLA would draw the optimizer's arithmetic into these sums.
+            trees = jax.lax.optimization_barrier((params, updates, steps))
+            momenta = _momenta(inner_state)
+            points, grads, moves = (dict(named_leaves(tree)) for tree in trees)
+            measured = dict(state.leaves)
+            for leaf in select(updates, channel_axes):
+                path, old = leaf.path, state.leaves.get(leaf.path)
+                if leaf.axes and old:
+                    m = None if old.momentum_radial_fraction is None else momenta[path]
+                    arrays = points[path], grads[path], moves[path], m
+                    measured[path] = _measure(leaf.axes, old, *arrays)
+            return measured
+
+        if every == 1:
+            leaves = measure()
+        else:
+            leaves = jax.lax.cond(state.count == 0, measure, lambda: state.leaves)
+        return steps, WithGeometryState(inner_state, (state.count + 1) % every, leaves)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def geometry(state: optax.OptState) -> dict[str, jax.Array]:
+    """Reads the measures of `with_geometry` as scalars for a logger.
+
+    Args:
+      state: a state of `with_geometry`, or any tree that holds one, such as a chain's state.
+
+    Returns:
+      Names such as `blocks/0/conv1/kernel/angle/mean`, each with its figure (under `vmap`, one for
+      each state). All are 0 before the first update.
+
+    Raises:
+      ValueError: the tree holds no such state, or several.
+
+    >>> import jax.numpy as jnp, optax, spherical_optax as so
+    >>> tx = so.with_geometry(optax.adam(0.1), channel_axes=-1)
+    >>> for name in so.geometry(tx.init({"conv": jnp.ones((9, 2))})):
+    ...     if name.endswith("mean"):
+    ...         print(name)
+    conv/angle/mean
+    conv/effective_learning_rate/mean
+    conv/radius/mean
+    conv/radial_fraction/mean
+    conv/deformation/mean
+    conv/momentum_radial_fraction/mean
+    """
+
+    def is_found(node: Any) -> bool:
+        return isinstance(node, WithGeometryState)
+
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_found) if is_found(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"geometry: the state holds {len(found)} states of with_geometry and not one; pass the "
+            "state of an optimizer wrapped as so.with_geometry(optimizer, channel_axes=...)"
+        )
+    return {
+        f"{path}/{measure}/{statistic}": value
+        for path, leaf in found[0].leaves.items()
+        for measure, spread in leaf._asdict().items()
+        if spread is not None
+        for statistic, value in spread._asdict().items()
+    }
+
+
+def _measure(
+    axes: tuple[int, ...],
+    old: LeafGeometry,
+    x: jax.Array,
+    g: jax.Array,
+    s: jax.Array,
+    m: jax.Array | None,
+) -> LeafGeometry:
+    """The measures of a leaf, in the dtypes of the old ones."""
+    x = widen(x).astype(old.radius.mean.dtype)
+    g, s = g.astype(x.dtype), s.astype(x.dtype)
+
+    def spread(values: jax.Array) -> Spread:
+        return Spread(values.mean(), values.min(), values.max())
+
+    return LeafGeometry(
+        angle=spread(turned(axes, x, s)),
+        effective_learning_rate=spread(observed_rate(axes, x, s, g)),
+        radius=spread(norm(x, axes)),
+        radial_fraction=spread(radial_part(axes, x, s)),
+        deformation=spread(deformed(axes, x, s, g)),
+        momentum_radial_fraction=(
+            None if m is None else spread(radial_part(axes, x, m.astype(x.dtype)))
+        ),
+    )
+
+
+def _momenta(state: optax.OptState) -> dict[str, jax.Array]:
+    """The momentum of each leaf by path; empty if the state has none, or several."""
+
+    def is_momentum(path: Any, value: Any) -> bool:
+        # A parameter may have this name too.
+        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+    found = [
+        tree
+        for name in ("mu", "trace")
+        for _, tree in optax.tree_utils.tree_get_all_with_path(state, name, is_momentum)
+    ]
+    return {p: m for p, m in named_leaves(found[0]) if not is_hole(m)} if len(found) == 1 else {}
