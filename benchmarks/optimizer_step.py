@@ -9,7 +9,6 @@ Measurements that are there already are skipped: after an interruption the same 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -18,9 +17,19 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import run_lines
 import step_report
 import step_runs
-import table_runs
+from benchmark_command import (
+    RUNS,
+    make_directory,
+    needs_torch,
+    outcome,
+    prepare_jax,
+    report,
+    tell,
+    warn_of,
+)
 from cifar.command import make_parser, one_of, positive, several
 from step_runs import COUNTERPARTS, MODELS, OPTIMIZERS, Figures, Measurement, Setting
 
@@ -33,11 +42,7 @@ examples:
   python benchmarks/optimizer_step.py --optimizers adam,adam_srt --torch
   python benchmarks/optimizer_step.py --report --output runs/optimizer_step
 """
-RUNS = "runs.jsonl"
-
-
-class _Refused(Exception):
-    """The command cannot go on as asked; the message says why."""
+NAME = "optimizer_step.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,38 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0 (all is measured), 1 (something failed), 2 (refused) or 130 (Ctrl-C).
     """
     args = _parser().parse_args(argv)
-    kept = f"what {args.output / RUNS} holds is kept"
-    try:
-        return _report(args.output) if args.report else _run(args)
-    except _Refused as error:
-        return _end(2, f"error: {error}")
-    except ModuleNotFoundError as error:
-        return _end(2, f"error: {error}; install it with: pip install -e '.[examples]'")
-    except KeyboardInterrupt:
-        return _end(130, f"interrupted; {kept}, and the same command goes on from there")
-    except OSError as error:
-        return _end(1, f"error: {error}; {kept}")
-
-
-def _end(code: int, message: str) -> int:
-    print(f"optimizer_step.py: {message}", file=sys.stderr, flush=True)
-    return code
+    command = partial(_report, args.output) if args.report else partial(_run, args)
+    return outcome(NAME, args.output, command)
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.torch:
-        # Otherwise JAX takes most of the GPU's memory at its start, and leaves PyTorch little.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import jax
-
+    prepare_jax(torch=args.torch)
     from cifar.report import device_name, find_git_revision, versions
 
     of_torch = _torch_optimizers() if args.torch else {}
     output: Path = args.output
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _Refused(f"cannot create {output}: {error.strerror}") from error
+    make_directory(output)
 
     device, packages, revision = device_name(), versions(), find_git_revision()
     wanted = [
@@ -89,39 +73,29 @@ def _run(args: argparse.Namespace) -> int:
     missing = [setting for setting in wanted if setting not in recorded]
 
     failures = []
-    if missing:
-        # Seconds of compiling shall not be those of reading a cache.
-        jax.config.update("jax_enable_compilation_cache", False)
-        for setting, result in _measure(missing):
-            if isinstance(result, Figures):
-                line = step_runs.to_line(Measurement(setting, revision, result))
-                table_runs.append(output / RUNS, line)
-            else:
-                failures.append(f"{setting.optimizer} on {setting.model}: {result}")
+    for setting, result in _measure(missing) if missing else ():
+        if isinstance(result, Figures):
+            line = step_runs.to_line(Measurement(setting, revision, result))
+            run_lines.append(output / RUNS, line)
+        else:
+            failures.append(f"{setting.optimizer} on {setting.model}: {result}")
 
     measurements = _load(output)
-    if measurements:
-        step_report.write_report(output, measurements)
+    where = _write(output, measurements) if measurements else "no table"
     for failure in failures:
-        _end(1, f"failed: {failure}")
-    where = f"the table is in {output / 'table.md'} and table.png" if measurements else "no table"
+        tell(NAME, f"failed: {failure}")
     print(f"{len(missing) - len(failures)} measured, {len(wanted) - len(missing)} there; {where}")
     return 1 if failures else 0
 
 
 def _torch_optimizers() -> dict[str, dict[str, str]]:
     """The names of PyTorch's optimizers, each with the version of PyTorch."""
-    try:
+    with needs_torch():
         import torch
 
         import torch_optimizers
-    except ImportError as error:
-        raise _Refused(f"--torch needs PyTorch ({error}); pip install torch") from error
-    try:
-        names = torch_optimizers.names()
-    except RuntimeError as error:
-        raise _Refused(f"--torch: {error}") from error
-    return {name: {"torch": torch.__version__} for name in names}
+
+        return {name: {"torch": torch.__version__} for name in torch_optimizers.names()}
 
 
 def _measure(settings: Sequence[Setting]) -> Iterator[tuple[Setting, Figures | str]]:
@@ -168,22 +142,24 @@ def _figures(setting: Setting, tree: Tree, adam: Program) -> Figures:
 
 def _load(output: Path, *, warn: bool = False) -> list[Measurement]:
     measurements, broken = step_runs.load(output / RUNS)
-    for number in broken if warn else ():
-        _end(0, f"warning: line {number} of {output / RUNS} is no whole measurement, is ignored")
+    if warn:
+        warn_of(broken, NAME, output, "measurement")
     return measurements
 
 
 def _report(output: Path) -> int:
     measurements = _load(output, warn=True)
-    if not measurements:
-        raise _Refused(f"there are no measurements in {output / RUNS}")
-    step_report.write_report(output, measurements)
-    print(f"{len(measurements)} there; the table is in {output / 'table.md'} and table.png")
+    where = _write(output, measurements)
+    print(f"{len(measurements)} there; {where}")
     return 0
 
 
+def _write(output: Path, measurements: list[Measurement]) -> str:
+    return report(output, measurements, "measurement", step_report.write_report)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("optimizer_step.py", "[options]", __doc__, EXAMPLES)
+    parser = make_parser(NAME, "[options]", __doc__, EXAMPLES)
     add = parser.add_argument
     for what, known in (("models", MODELS), ("optimizers", OPTIMIZERS)):
         add(

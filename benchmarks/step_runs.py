@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import run_lines
 from timing import Spread
 
 MODELS = ("resnet20", "resnet18", "vgg16", "transformer")
@@ -66,25 +67,8 @@ def to_line(measurement: Measurement) -> bytes:
 
 
 def load(path: Path) -> tuple[list[Measurement], list[int]]:
-    """Read runs.jsonl; no file is an empty one.
-
-    Returns:
-      The measurements, and the numbers (from 1) of the lines that hold none: a killed process may
-      have left part of a line.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], []
-    measurements, broken = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            measurements.append(_parse(json.loads(line)))
-        except (ValueError, TypeError, KeyError):
-            broken.append(number)
-    return measurements, broken
+    """The measurements of runs.jsonl, and the numbers (from 1) of the lines that hold none."""
+    return run_lines.read(path, _parse)
 
 
 def _parse(entry: dict[str, Any]) -> Measurement:

@@ -6,12 +6,11 @@ setting that it counts for and the lines of its metrics.jsonl.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import run_lines
 from cifar import recipes
 
 Key = tuple[str, str, int]  # setting, optimizer, seed
@@ -49,34 +48,18 @@ class Run(NamedTuple):
 
 
 def load(path: Path) -> tuple[dict[Key, Run], list[int]]:
-    """Read runs.jsonl; no file is an empty one.
+    """The runs of runs.jsonl, and the numbers (from 1) of the lines that hold none.
 
     Of two lines for one run the first counts.
-
-    Returns:
-      The runs, and the numbers (from 1) of the lines that hold none: a killed process may have left
-      part of a line.
     """
+    found, broken = run_lines.read(path, _parse)
     runs: dict[Key, Run] = {}
-    broken = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return {}, []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            key, run = _parse(line)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            broken.append(number)
-        else:
-            runs.setdefault(key, run)
+    for key, run in found:
+        runs.setdefault(key, run)
     return runs, broken
 
 
-def _parse(line: bytes) -> tuple[Key, Run]:
-    entry = json.loads(line)
+def _parse(entry: dict[str, Any]) -> tuple[Key, Run]:
     arguments, setting = entry["arguments"], entry["setting"]
     optimizer, seed, dataset = arguments["optimizer"], arguments["seed"], arguments["dataset"]
     own, model = setting.split("/")
@@ -89,21 +72,3 @@ def _parse(line: bytes) -> tuple[Key, Run]:
     if not math.isfinite(rest["test_accuracy"]):
         raise ValueError("no accuracy")
     return (setting, optimizer, seed), Run(protocol, **rest)
-
-
-def append(path: Path, lines: bytes) -> None:
-    """Add whole lines in one write, after a newline if a kill left part of a line.
-
-    Raises:
-      OSError: not everything could be written; `load` passes over what is not a whole line.
-    """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":
-            lines = b"\n" + lines
-        if os.write(file, lines) != len(lines):
-            raise OSError(f"{path} could not be written to its end")
-        os.fsync(file)
-    finally:
-        os.close(file)

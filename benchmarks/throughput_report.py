@@ -7,12 +7,12 @@ A line is what one program did in one cell. Its "kind" is "steps", "epoch" or "a
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import run_lines
 from cifar import recipes
 from cifar.files import replace_file
 
@@ -48,29 +48,18 @@ def _section(line: Line) -> tuple[str, str]:
 
 
 def load(path: Path) -> tuple[dict[Key, Line], list[int]]:
-    """Read runs.jsonl; no file is an empty one.
+    """The lines of runs.jsonl that count, and the numbers (from 1) of those that are not whole."""
+    found, broken = run_lines.read(path, _parse)
+    return dict(found), broken
 
-    Returns:
-      The lines that count, and the numbers (from 1) of those that are not whole: a killed process
-      may have left part of a line.
-    """
-    lines: dict[Key, Line] = {}
-    broken = []
-    text = path.read_bytes() if path.exists() else b""
-    for number, content in enumerate(text.split(b"\n"), 1):
-        if not content.strip():
-            continue
-        try:
-            line = json.loads(content)
-            needed = (*_CELL, "program", "device", "versions", "git_revision")
-            needed += ("error",) if "error" in line else _FIGURES[line["kind"]]
-            if not all(name in line for name in needed):
-                raise ValueError("a figure is missing")
-            _place(line)
-            lines[key(line)] = line
-        except (ValueError, TypeError, KeyError):
-            broken.append(number)
-    return lines, broken
+
+def _parse(line: Line) -> tuple[Key, Line]:
+    needed = (*_CELL, "program", "device", "versions", "git_revision")
+    needed += ("error",) if "error" in line else _FIGURES[line["kind"]]
+    if not all(name in line for name in needed):
+        raise ValueError("a figure is missing")
+    _place(line)
+    return key(line), line
 
 
 def write_report(output: Path, lines: Iterable[Line]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -22,8 +21,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import table_runs
+import run_lines
 import throughput_report
+from benchmark_command import (
+    RUNS,
+    Refused,
+    make_directory,
+    needs_torch,
+    outcome,
+    prepare_jax,
+    report,
+    tell,
+    warn_of,
+)
 from cifar import recipes
 from cifar.command import make_parser, number, one_of, positive, several
 from throughput_report import TORCH, Key, Line
@@ -39,7 +49,7 @@ examples:
   python benchmarks/training_throughput.py --accuracy 0.9 --dataset digits
   python benchmarks/training_throughput.py --report --output runs/training_throughput
 """
-RUNS = "runs.jsonl"
+NAME = "training_throughput.py"
 # The defaults of what makes a cell: on a GPU, and on a CPU.
 AXES: dict[str, tuple[tuple, tuple]] = {
     "models": (("resnet20", "resnet18", "vgg16"), ("resnet20",)),
@@ -47,10 +57,6 @@ AXES: dict[str, tuple[tuple, tuple]] = {
     "batch_sizes": ((128, 512, 1024), (128,)),
     "seeds": ((1, 4), (1,)),
 }
-
-
-class _Refused(Exception):
-    """The command cannot go on as asked; the message says why."""
 
 
 class _Job(NamedTuple):
@@ -67,34 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0 (all is measured), 1 (something failed), 2 (refused) or 130 (Ctrl-C).
     """
     args = _parse(argv)
-    kept = f"what {args.output / RUNS} holds is kept"
-    try:
-        return _report(args.output) if args.report else _run(args)
-    except _Refused as error:
-        return _end(2, f"error: {error}")
-    except ModuleNotFoundError as error:
-        return _end(2, f"error: {error}; install it with: pip install -e '.[examples]'")
-    except KeyboardInterrupt:
-        return _end(130, f"interrupted; {kept}, and the same command goes on from there")
-    except OSError as error:
-        return _end(1, f"error: {error}; {kept}")
-
-
-def _end(code: int, message: str) -> int:
-    print(f"training_throughput.py: {message}", file=sys.stderr, flush=True)
-    return code
+    command = partial(_report, args.output) if args.report else partial(_run, args)
+    return outcome(NAME, args.output, command)
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.torch:
-        # Otherwise JAX takes most of the GPU's memory at its start, and leaves PyTorch little.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    prepare_jax(torch=args.torch)
     import jax
 
     from cifar.report import device_name, find_git_revision, versions
 
     if jax.default_backend() != "cpu" and jax.device_count() > 1:
-        raise _Refused(
+        raise Refused(
             f"one device is measured, and {jax.device_count()} are visible: hide the others, for "
             "NVIDIA's with CUDA_VISIBLE_DEVICES=0"
         )
@@ -104,13 +94,8 @@ def _run(args: argparse.Namespace) -> int:
     images = _load_images(args) if args.accuracy else None
     torch = _torch_settings() if args.torch else None
     output: Path = args.output
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _Refused(f"cannot create {output}: {error.strerror}") from error
+    make_directory(output)
 
-    # Seconds of compiling shall not be those of reading a cache.
-    jax.config.update("jax_enable_compilation_cache", False)
     where = {
         "device": device_name(),
         "versions": versions(),
@@ -122,19 +107,16 @@ def _run(args: argparse.Namespace) -> int:
         if all(_is_there(line, recorded) for line in job.lines):
             continue
         lines = _measure(job)
-        table_runs.append(output / RUNS, b"".join(json.dumps(x).encode() + b"\n" for x in lines))
+        run_lines.append(output / RUNS, b"".join(json.dumps(x).encode() + b"\n" for x in lines))
         measured += len(lines)
         for line in lines:
             if "error" in line:
                 failed += 1
-                _end(1, f"failed: {_name(line)}: {line['error']}")
+                tell(NAME, f"failed: {_name(line)}: {line['error']}")
 
     recorded = _load(output)
-    throughput_report.write_report(output, recorded.values())
-    print(
-        f"{measured - failed} measured, {failed} failed, {len(recorded)} there; "
-        f"the table is in {output / 'table.md'} and table.png"
-    )
+    where = _write(output, recorded)
+    print(f"{measured - failed} measured, {failed} failed, {len(recorded)} there; {where}")
     return 1 if failed else 0
 
 
@@ -144,11 +126,11 @@ def _load_images(args: argparse.Namespace) -> DataSet:
     try:
         images = data.load(args.dataset, data_dir="~/tensorflow_datasets")
     except data.DataError as error:
-        raise _Refused(str(error)) from error
+        raise Refused(str(error)) from error
     count = len(data.validation_split(len(images.train.labels), 0)[0])
     for size in args.batch_sizes:
         if size > count:
-            raise _Refused(f"a batch size of {size} is above the {count} training images")
+            raise Refused(f"a batch size of {size} is above the {count} training images")
     return images
 
 
@@ -156,14 +138,10 @@ def _torch_settings() -> dict[str, Any]:
     """Version, device and settings of PyTorch."""
     import jax
 
-    try:
+    with needs_torch():
         import torch_networks
-    except ImportError as error:
-        raise _Refused(f"--torch needs PyTorch ({error}); pip install torch") from error
-    try:
+
         return torch_networks.settings("cpu" if jax.default_backend() == "cpu" else "cuda")
-    except RuntimeError as error:
-        raise _Refused(f"--torch: {error}") from error
 
 
 def _jobs(
@@ -235,18 +213,20 @@ def _name(line: Line, *, program: bool = True) -> str:
 
 def _load(output: Path, *, warn: bool = False) -> dict[Key, Line]:
     lines, broken = throughput_report.load(output / RUNS)
-    for place in broken if warn else ():
-        _end(0, f"warning: line {place} of {output / RUNS} is no whole measurement and is ignored")
+    if warn:
+        warn_of(broken, NAME, output, "measurement")
     return lines
 
 
 def _report(output: Path) -> int:
     lines = _load(output, warn=True)
-    if not lines:
-        raise _Refused(f"there are no measurements in {output / RUNS}")
-    throughput_report.write_report(output, lines.values())
-    print(f"{len(lines)} there; the table is in {output / 'table.md'} and table.png")
+    where = _write(output, lines)
+    print(f"{len(lines)} there; {where}")
     return 0
+
+
+def _write(output: Path, lines: dict[Key, Line]) -> str:
+    return report(output, lines.values(), "measurement", throughput_report.write_report)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -258,7 +238,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("training_throughput.py", "[options]", __doc__, EXAMPLES)
+    parser = make_parser(NAME, "[options]", __doc__, EXAMPLES)
     add = parser.add_argument
     for what, kind, meaning in (
         ("models", partial(one_of, recipes.MODELS), ""),

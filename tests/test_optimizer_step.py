@@ -1,16 +1,10 @@
-"""The optimizer step's benchmark: what is timed, the command, and the report from its lines."""
+"""The optimizer step's command: what it measures, skips and refuses; the report from its lines."""
 
-import gc
 import json
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 
 import optimizer_step
@@ -19,241 +13,16 @@ import step_programs
 import step_report
 import step_runs
 import timing
-from step_programs import Program, Tree, measure
-from step_runs import COUNTERPARTS, OPTIMIZERS, Figures, Measurement, Setting
+from step_programs import Program
+from step_runs import COUNTERPARTS, OPTIMIZERS
 from timing import Spread
-
-
-def make_tiny(model="resnet20"):
-    rng = np.random.default_rng(1)
-    shapes = {"conv": {"kernel": (3, 3, 2, 4)}, "head": {"kernel": (4, 5), "bias": (5,)}}
-
-    def normal(shape):
-        return jnp.asarray(rng.standard_normal(shape, np.float32))
-
-    trees = (jax.tree.map(normal, shapes, is_leaf=lambda x: isinstance(x, tuple)) for _ in "pg")
-    return Tree(*trees, so.by_path({"conv": -1}))
-
-
-FIGURES = Figures(
-    timings=20,
-    steps_per_timing=4,
-    seconds=Spread(0.0099, 0.0101, 0.012),
-    ratio_to_adam=Spread(1.21, 1.234, 1.25),
-    ratio_of_ours=None,
-    parameter_bytes=44_700_000,
-    state_bytes=44_800_000,
-    state_ratio=0.501,
-    bytes_accessed=358e6,
-    bytes_ratio=0.667,
-    temporary_bytes=0,
-    compile_seconds=1.5,
-    copy_bandwidth=50e9,
-    bandwidth_share=0.709,
-)
-VERSIONS = {"python": "3.11.7", "jax": "0.10.2"}
-
-
-def make_measurement(model, optimizer, *, rounds=20, device="cpu (2 cores)", torch=None, **figures):
-    versions = VERSIONS | ({"torch": torch} if torch else {})
-    setting = Setting(model, optimizer, rounds, device, versions)
-    return Measurement(setting, "abc", FIGURES._replace(**figures))
-
-
-# What is timed.
-
-
-def test_the_transformer_is_gpt2_small_with_a_sphere_per_row_or_feature():
-    shapes = step_programs.transformer_shapes()
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
-    lines = so.describe(shapes, so.by_path({"kernel": -1, "embedding": 0})).splitlines()
-    groups = {line.split()[0]: line.split(maxsplit=2)[2] for line in lines[1:]}
-    assert groups["token_embedding"] == "50257 × 768"
-    assert groups["blocks/11/mlp_out/kernel"] == "768 × 3072"
-    assert groups["blocks/0/query_key_value/kernel"] == "2304 × 768"
-    assert groups["blocks/0/mlp_in/bias"] == groups["norm/scale"] == "classic"
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_compiled_step_is_the_optimizers_and_works_in_place(name):
-    tree = make_tiny()
-    tx = step_programs.make_optimizer(name, tree.channel_axes)
-    state = jax.tree.map(jnp.copy, tx.init(tree.params))
-    compiled = step_programs.compile_step(tx, state, tree.params, tree.grads)
-    updates, expected_state = tx.update(tree.grads, state, tree.params)
-    new_params = optax.apply_updates(tree.params, updates)
-    expected = jax.tree.map(np.array, (expected_state, new_params))  # not of what is donated
-
-    donated = step_programs.nbytes((state, tree.params))
-    assert compiled.memory_analysis().alias_size_in_bytes == donated
-    # A result in the buffer of another argument would need a copy of that.
-    assert "copy(%params" not in compiled.as_text()
-    found = compiled(state, tree.params, tree.grads)
-    # Fused operations round otherwise, and Muon's iterations enlarge that.
-    tolerance = 1e-3 if name == "muon" else 1e-5
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=tolerance, atol=1e-7), found, expected)
-
-
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("adamw", "muon")])
-def test_coupled_decay_is_part_of_the_step(name):
-    tree = make_tiny()
-    tx = step_programs.make_optimizer(name, tree.channel_axes)
-    zeros = jax.tree.map(jnp.zeros_like, tree.params)
-    updates, _ = tx.update(zeros, tx.init(tree.params), tree.params)
-    x, step = tree.params["head"]["bias"], updates["head"]["bias"]
-    assert jnp.all(x * step < 0)
-    decay = step_programs.LEARNING_RATE * step_programs.WEIGHT_DECAY
-    if name in ("sgd", "sgd_mrt"):
-        np.testing.assert_allclose(step, -decay * x, rtol=1e-5)
-
-
-def test_muon_orthogonalises_the_convolutions_as_matrices():
-    tree = make_tiny()
-    tx = step_programs.make_optimizer("muon", tree.channel_axes)
-    updates, _ = tx.update(tree.grads, tx.init(tree.params), tree.params)
-    singular = np.linalg.svd(updates["conv"]["kernel"].reshape(18, 4))[1]
-    # Five Newton-Schulz iterations end between 0.7 and 1.2, by the choice of their coefficients.
-    np.testing.assert_allclose(singular / step_programs.LEARNING_RATE, 1, atol=0.35)
-    head = jnp.abs(updates["head"]["kernel"])  # Adam's first step is as long in every element
-    np.testing.assert_allclose(head, head[0, 0], rtol=1e-5)
-
-
-# How it is timed, on a clock that the programs wind.
-
-
-class Clock:
-    def __init__(self, monkeypatch):
-        self.now, self.slow = 0.0, lambda: 1.0
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(gc, "collect", lambda: None)  # slow among many tests
-
-    def program(self, seconds, **figures):
-        begun = []
-
-        def wait():
-            self.now += seconds * len(begun) * self.slow()
-            begun.clear()
-
-        return Program(
-            lambda: begun.append(1), wait, lambda: None, **({"state_bytes": 8} | figures)
-        )
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    return Clock(monkeypatch)
-
-
-COMMON = {"parameter_bytes": 100, "bandwidth": 1000.0}
-
-
-def test_figures_are_those_of_one_step(clock):
-    program = clock.program(0.01, state_bytes=4, bytes_accessed=6.0, compile_seconds=2.5)
-    adam = clock.program(0.004, state_bytes=8, bytes_accessed=12.0)
-    found = measure(program, adam, 6, **COMMON)
-    assert (found.timings, found.steps_per_timing) == (6, 8)  # 8 steps of 10 ms are 50 ms or more
-    assert found.seconds == pytest.approx([0.01] * 3)
-    assert found.ratio_to_adam == pytest.approx([2.5] * 3)
-    assert (found.state_ratio, found.bytes_ratio, found.compile_seconds) == (0.5, 0.5, 2.5)
-    assert found.bandwidth_share == pytest.approx(6 / 0.01 / 1000)
-    assert found.ratio_of_ours is None
-
-
-def test_ratios_are_taken_within_rounds(clock, monkeypatch):
-    times = {"program": [2.0, 4.0, 9.0], "adam": [1.0, 4.0, 3.0], "ours": [1.0, 1.0, 9.0]}
-    asked = []
-
-    def interleave(programs, rounds, *, pause, on_round):
-        asked.append((list(programs), rounds, pause))
-        on_round()
-        return times
-
-    monkeypatch.setattr(timing, "interleave", interleave)
-    renewed = []
-    program = clock.program(0.1)._replace(renew=lambda: renewed.append(1))
-    found = measure(program, program, 3, **COMMON, ours=program, pause=0.5)
-    assert asked == [(["program", "adam", "ours"], 3, 0.5)]
-    assert len(renewed) == 3  # one round of three programs
-    assert found.ratio_to_adam == (1.5, 2.0, 2.5)  # of 2, 1 and 3
-    assert found.ratio_of_ours == (0.375, 0.5, 0.75)  # of 1/2, 1/4 and 1
-    assert found.seconds.median == 4.0
-
-
-@pytest.mark.parametrize("seconds, rounds", [(0.9, 20), (4.0, 4), (30.0, 3)])
-def test_slow_steps_are_timed_less_often(clock, seconds, rounds):
-    found = measure(clock.program(seconds), clock.program(min(seconds, 1.0) / 10), 20, **COMMON)
-    assert (found.timings, found.steps_per_timing) == (rounds, 1)
-
-
-def test_a_slow_first_step_does_not_count(clock):
-    first = iter([100.0])
-    clock.slow = lambda: next(first, 1.0)
-    assert measure(clock.program(0.01), clock.program(0.01), 3, **COMMON).steps_per_timing == 8
-
-
-# PyTorch's.
-
-
-def test_torch_adam_srt_is_ours():
-    torch = pytest.importorskip("torch")
-    import torch_optimizers
-
-    rng = np.random.default_rng(2)
-    params = {"conv": rng.standard_normal((3, 2, 2, 4)), "head": rng.standard_normal((4, 3))}
-    grads = [{name: rng.standard_normal(x.shape) for name, x in params.items()} for _ in range(6)]
-    axes = so.by_path({"conv": -1})
-
-    theirs = {name: torch.tensor(np.ascontiguousarray(x.T)) for name, x in params.items()}
-    optimizer = torch_optimizers.AdamSRT(
-        [{"params": [theirs["conv"]], "spherical": True}, {"params": [theirs["head"]]}],
-        lr=0.1,
-        weight_decay=0.01,
-    )
-    with jax.enable_x64(True):
-        tx = so.adam_srt(0.1, weight_decay=0.01, channel_axes=axes)
-        ours = jax.tree.map(jnp.asarray, params)
-        state = tx.init(ours)
-        for grad in grads:
-            for name, x in theirs.items():
-                x.grad = torch.tensor(np.ascontiguousarray(grad[name].T))
-            optimizer.step()
-            updates, state = tx.update(jax.tree.map(jnp.asarray, grad), state, ours)
-            ours = optax.apply_updates(ours, updates)
-            for name, x in theirs.items():
-                # The same formulas in another order of float64 operations, over 6 steps.
-                np.testing.assert_allclose(x.numpy().T, ours[name], rtol=1e-11)
-    assert not np.allclose(ours["conv"], params["conv"], atol=0.1)
-
-
-@pytest.mark.parametrize("name, numbers", [("torch_adam", 2 * 97), ("torch_adam_srt", 97 + 4 + 25)])
-def test_torch_programs_have_the_trees_parameters_and_spheres(name, numbers):
-    pytest.importorskip("torch")
-    import torch_optimizers
-
-    program = torch_optimizers.torch_program(name, make_tiny())
-    program.step()
-    program.wait()
-    steps = 3 if name == "torch_adam" else 0  # a counter in a tensor per parameter
-    assert program.state_bytes == 4 * (numbers + steps)
-
-
-def test_the_fused_adam_is_for_gpus(monkeypatch):
-    torch = pytest.importorskip("torch")
-    import torch_optimizers
-
-    assert torch_optimizers.names() == ("torch_adam", "torch_adam_srt")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert torch_optimizers.names() == tuple(COUNTERPARTS)
-
-
-# The command.
+from tiny_step import FIGURES, make_measurement, make_tree
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """A tiny tree instead of every network's, single steps, and no measured copy."""
-    monkeypatch.setattr(step_programs, "make_tree", make_tiny)
+    monkeypatch.setattr(step_programs, "make_tree", make_tree)
     monkeypatch.setattr(step_programs, "TIMING_SECONDS", 0.0)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda rounds: 1e9)
     yield
@@ -286,7 +55,7 @@ def test_the_command_measures_and_goes_on_from_what_is_there(quick, tmp_path, ca
     assert {line["model"] for line in lines} == {"resnet20"}
     adam, srt = lines
     assert adam["state_bytes"] == 2 * 4 * 97 + 4 and adam["state_ratio"] == 1
-    state = so.adam_srt(1e-3, channel_axes=so.by_path({"conv": -1})).init(make_tiny().params)
+    state = so.adam_srt(1e-3, channel_axes=so.by_path({"conv": -1})).init(make_tree().params)
     assert srt["state_bytes"] == step_programs.nbytes(state)
     assert srt["bytes_ratio"] == srt["bytes_accessed"] / adam["bytes_accessed"]
     assert adam["parameter_bytes"] == 4 * 97 and adam["compile_seconds"] > 0

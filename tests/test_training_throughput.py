@@ -1,4 +1,4 @@
-"""The throughput command: what it counts, measures, records and skips, and the report."""
+"""The throughput command: what it counts, measures, records, skips and refuses."""
 
 import json
 import subprocess
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 import throughput_programs
@@ -17,6 +15,7 @@ import throughput_report
 import training_throughput
 from cifar import data, models, programs, recipes
 from flops import forward_flops
+from throughput_lines import main, step_line
 from tiny import Tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -39,11 +38,6 @@ def no_training(tiny, monkeypatch):
     """The trainer's steps take no time."""
     made = (lambda: None), 1.0
     monkeypatch.setattr(throughput_programs, "_trainer_steps", lambda *_: made)
-
-
-def main(output: Path, *arguments: str) -> int:
-    common = ["--batch_sizes", "8", "--rounds", "3", "--output", str(output)]
-    return training_throughput.main([*common, *arguments])
 
 
 def read(output: Path) -> list[dict[str, Any]]:
@@ -195,106 +189,6 @@ def test_a_program_that_fails_later(tiny, monkeypatch):
     )
 
 
-def step_line(**changes: Any) -> dict[str, Any]:
-    spread = {"q1": 90.0, "median": 100.0, "q3": 130.0}
-    return {
-        "kind": "steps",
-        "program": "adam",
-        **throughput_programs.Cell("resnet20", "float32", 128, 1)._asdict(),
-        "device": "gpu (X)",
-        "versions": {"jax": "0.11"},
-        "git_revision": "abc",
-        "rounds": 3,
-        "steps_per_call": 20,
-        "images_per_second": spread,
-        "step_seconds": {name: value / 1e5 for name, value in spread.items()},
-        "ratio_to_adam": {name: value / 1e2 for name, value in spread.items()},
-        "flops_per_image": 7,
-        "matrix_peak": 1e12,
-        "peak_share": 0.456,
-        "compile_seconds": 12.34,
-        "peak_bytes": 1.5e9,
-        **changes,
-    }
-
-
-def write(output: Path, *lines: dict[str, Any] | str) -> Path:
-    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    (output / "runs.jsonl").write_text("\n".join(text) + "\n")
-    return output
-
-
-def test_report_of_made_up_lines(tmp_path, capsys):
-    torch = {"torch": {"version": "9.9", "threads": 2}}
-    output = write(
-        tmp_path,
-        step_line(program="torch_eager", peak_bytes=None, ratio_to_adam=None, **torch),
-        step_line(compile_seconds=1),
-        step_line(),  # the later one counts
-        json.dumps(step_line(model="resnet18"))[:-9],
-        step_line(program="adamax"),
-        {name: x for name, x in step_line(seeds=4).items() if name != "peak_share"},
-        step_line(model="vgg16", batch_size=1024, error="no room"),
-        step_line(device="cpu (Y)", seeds=4),
-        step_line(versions={"jax": "0.12"}),  # a section of its own
-    )
-    assert main(output, "--report") == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith("5 there; ")
-    for number in (4, 5, 6):
-        assert f"line {number} of {output}/runs.jsonl is no whole measurement" in captured.err
-    cpu, gpu, newer = (output / "table.md").read_text().split("## ")[1:]
-    assert newer.startswith("gpu (X)\n\n* versions: jax 0.12\n")
-    assert cpu.startswith("cpu (Y)\n") and gpu.startswith("gpu (X)\n")
-    assert [line for line in gpu.splitlines() if line.startswith("| resnet")] == [
-        "| resnet20 | float32 | 128 | 1 | adam | 100 (90–130) | 1 (0.9–1.3) | 1.000 (0.900–1.300) "
-        "| 3 | 45.6 % | 12.3 | 1.50 |",
-        "| resnet20 | float32 | 128 | 1 | torch_eager | 100 (90–130) | 1 (0.9–1.3) | – | 3 "
-        "| 45.6 % | 12.3 | – |",
-    ]
-    assert "* PyTorch: version 9.9, threads 2\n" in gpu and "PyTorch: version" not in cpu
-    assert "* steps, vgg16, float32, 1024, 1, adam: no room\n" in gpu
-    assert "* git revision: abc\n" in gpu and "* versions: jax 0.11\n" in cpu
-
-
-def test_report_of_epochs(tmp_path):
-    names = ("kind", "program", "model", "precision", "batch_size", "device", "versions")
-    common = {name: step_line()[name] for name in (*names, "git_revision", "compile_seconds")}
-    common |= {"kind": "epoch", "projected_minutes": 13.5}
-
-    def line(seconds: float, **changes: Any) -> dict[str, Any]:
-        spread = dict.fromkeys(("q1", "median", "q3"), seconds)
-        return {**common, "epoch_seconds": spread, **changes}
-
-    lines = [line(3, seeds=4), line(2, seeds=1), line(1, seeds=1, program="adamsrt")]
-    assert main(write(tmp_path, *lines, line(5, seeds=4, precision="bfloat16")), "--report") == 0
-    text = (tmp_path / "table.md").read_text()
-    for row in (
-        "float32 | 128 | 1 | adam | 2 (2–2) | 1.00 | 13.5 | 12.3 |",
-        "float32 | 128 | 4 | adam | 3 (3–3) | 1.50 | 13.5 | 12.3 |",
-        "bfloat16 | 128 | 4 | adam | 5 (5–5) | – | 13.5 | 12.3 |",
-    ):
-        assert f"| resnet20 | {row}\n" in text
-
-
-def test_pictures_of_all_and_of_nothing(tmp_path):
-    axes = [axis for axis, _ in training_throughput.AXES.values()]
-    every = [
-        step_line(model=m, precision=p, batch_size=b, seeds=s, program=name)
-        for m in axes[0]
-        for p in axes[1]
-        for b in axes[2]
-        for s in axes[3]
-        for name in ("adam", "adamsrt", *throughput_report.TORCH)
-    ]
-    assert main(write(tmp_path, *every), "--report") == 0
-    with Image.open(tmp_path / "table.png") as picture:
-        assert min(picture.size) > 1000
-    assert main(write(tmp_path, step_line(error="no room")), "--report") == 0
-    with Image.open(tmp_path / "table.png") as picture:
-        assert np.asarray(picture.convert("L")).min() < 128  # it says so
-
-
 def test_more_rounds_other_versions_and_settings_are_measured(tmp_path):
     recorded = {throughput_report.key(line): line for line in [step_line(torch={"threads": 2})]}
 
@@ -380,101 +274,6 @@ def test_help_and_refusals_start_no_jax():
     )
     assert done.returncode == 0, done.stderr
     assert "examples:" in done.stdout and "(default: 20)" in done.stdout
-
-
-def shapes(model: str) -> list[tuple[int, ...]]:
-    """Of the parameters, in PyTorch's layout and any order."""
-    made = nnx.eval_shape(lambda: models.MODELS[model](10, rngs=nnx.Rngs(0)))
-    return sorted(tuple(x.shape[::-1]) for x in jax.tree.leaves(nnx.state(made, nnx.Param)))
-
-
-@pytest.mark.parametrize("model", recipes.MODELS)
-def test_torch_networks_have_our_parameters(model):
-    torch = pytest.importorskip("torch")
-    import torch_networks
-
-    with torch.device("meta"):
-        network = torch_networks.make_network(model, 10)
-    assert sorted(tuple(x.shape) for x in network.parameters()) == shapes(model)
-    assert sum(1 for _ in network.buffers()) == 3 * sum(len(s) == 4 for s in shapes(model))
-
-
-def test_torch_network_gives_our_logits():
-    torch = pytest.importorskip("torch")
-    import torch_networks
-
-    ours = models.resnet20(10, rngs=nnx.Rngs(0))
-    theirs = torch_networks.make_network("resnet20", 10)
-    layers: list[Any] = [ours.conv1, ours.bn1]
-    for block in ours.blocks:
-        layers += [block.conv1, block.bn1, block.conv2, block.bn2]
-        if block.projects:
-            layers += [block.shortcut_conv, block.shortcut_bn]
-    layers.append(ours.linear)
-    with torch.no_grad():
-        parameters = theirs.parameters()
-        for layer in layers:
-            first = layer.scale if isinstance(layer, nnx.BatchNorm) else layer.kernel
-            for param in (first, layer.bias):
-                if param is not None:
-                    value = np.asarray(param[...])
-                    axes = (3, 2, 0, 1) if value.ndim == 4 else range(value.ndim)[::-1]
-                    next(parameters).copy_(torch.tensor(value.transpose(axes)))
-    images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
-    want = nnx.jit(lambda model, images: model(images, train=True))(ours, images)
-    got = theirs.train()(torch.tensor(images).permute(0, 3, 1, 2)).detach().numpy()
-    # In float32; batch statistics of few values amplify rounding.
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * np.abs(want).max())
-    # The running means move equally far.
-    mean = theirs.get_buffer("0.1.running_mean").numpy()
-    np.testing.assert_allclose(mean, layers[1].mean[...], rtol=0, atol=1e-5)
-
-
-def test_torch_augmentation():
-    torch = pytest.importorskip("torch")
-    import torch_networks
-
-    torch.manual_seed(0)
-    images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
-    augmented = torch_networks.augment(torch.tensor(images)).numpy()
-    padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    found = set()
-    for image, around in zip(augmented, padded, strict=True):
-        windows = [
-            (down, right, mirrored)
-            for down in range(9)
-            for right in range(9)
-            for mirrored in (1, -1)
-            if (image == around[down : down + 32, right : right + 32][:, ::mirrored]).all()
-        ]
-        assert len(windows) == 1
-        found |= set(windows)
-    for part, every in enumerate((range(9), range(9), (1, -1))):
-        assert {window[part] for window in found} == set(every)
-
-
-@pytest.mark.parametrize("precision", recipes.PRECISIONS)
-def test_torch_learns(precision, monkeypatch):
-    pytest.importorskip("torch")
-    import torch_networks
-
-    make = lambda *_: torch_networks.resnet((4, 8), 1, 4)  # noqa: E731
-    monkeypatch.setattr(torch_networks, "make_network", make)
-    labels = np.arange(32) % 4
-    images = np.broadcast_to(60 * labels[:, None, None, None], (32, 32, 32, 3)).astype(np.uint8)
-    train = torch_networks.make_training(
-        "resnet20",
-        images,
-        labels,
-        num_classes=4,
-        batch_size=16,
-        precision=precision,
-        recipe=recipes.Recipe(0.01, 0.0),
-        device="cpu",
-        compiled=False,
-    )
-    losses = [train() for _ in range(15)]
-    assert np.isfinite(losses).all() and losses[-1] < 0.5 < losses[0]
 
 
 def test_torch_in_the_command(no_training, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,131 @@
+"""The table's cells: what one call of the trainer trains, its directory, its lock, what it leaves.
+
+A cell's directory is --output/cells/SETTING/OPTIMIZER/seeds-FIRST-LAST; beside it lies the lock of
+its setting and optimizer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Generator, Sequence, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import run_lines
+import table_runs
+from benchmark_command import RUNS
+from table_runs import Key
+
+
+class Cell(NamedTuple):
+    """What one call of the trainer trains."""
+
+    setting: str
+    optimizer: str
+    seeds: range
+
+    def keys(self) -> set[Key]:
+        """The runs, as `table_runs` names them."""
+        return {(self.setting, self.optimizer, seed) for seed in self.seeds}
+
+    def __str__(self) -> str:
+        first, last = self.seeds[0], self.seeds[-1]
+        seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
+        return f"{self.setting} with {self.optimizer}, {seeds}"
+
+
+def stretches(settings: Sequence[str], optimizers: Sequence[str], missing: set[Key]) -> list[Cell]:
+    """The missing runs in the order of the names, in the longest stretches of seeds."""
+    cells: list[Cell] = []
+    for setting, optimizer in itertools.product(settings, optimizers):
+        for seed in sorted(key[2] for key in missing if key[:2] == (setting, optimizer)):
+            before = cells[-1] if cells else None
+            goes_on = before and before == (setting, optimizer, range(before.seeds.start, seed))
+            first = cells.pop().seeds.start if goes_on else seed
+            cells.append(Cell(setting, optimizer, range(first, seed + 1)))
+    return cells
+
+
+def directory(output: Path, cell: Cell) -> Path:
+    """Where the trainer writes."""
+    seeds = f"seeds-{cell.seeds[0]}-{cell.seeds[-1]}"
+    return output / "cells" / cell.setting / cell.optimizer / seeds
+
+
+@contextmanager
+def locked(home: Path, received: Sequence[int]) -> Generator[int, None, None]:
+    """Waits for the lock of a setting and optimizer and holds it; a signal ends the waiting.
+
+    The trainer inherits the lock. If it outlives its killed parent, the next command waits for its
+    end instead of starting a second one on the same files.
+
+    Args:
+      home: the directory of the lock.
+      received: gains an element with a signal.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _take(lock):
+            print(f"waiting for another process that works in {home}", flush=True)
+            while not received and not _take(lock):
+                time.sleep(0.1)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def close(output: Path, cell: Cell) -> None:
+    """Adds a cell's finished runs to runs.jsonl and removes its checkpoints; needs the lock.
+
+    Where no run is finished everything stays, to be resumed. Otherwise another stretch of seeds is
+    missing from now on, and this directory is not resumed any more.
+    """
+    home = directory(output, cell)
+    recorded = table_runs.load(output / RUNS)[0].keys() & cell.keys()
+    lines = ""
+    for key in sorted(cell.keys() - recorded):
+        run = home if len(cell.seeds) == 1 else home / f"seed-{key[2]}"
+        if (run / "summary.json").exists():
+            summary = json.loads((run / "summary.json").read_bytes())
+            curve = [json.loads(line) for line in (run / "metrics.jsonl").open("rb")]
+            lines += json.dumps({"setting": cell.setting, **summary, "curve": curve}) + "\n"
+    if lines:
+        run_lines.append(output / RUNS, lines.encode())
+    if lines or recorded:
+        for checkpoints in (*home.glob("checkpoints"), *home.glob("seed-*/checkpoints")):
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def tidy_up(output: Path, recorded: Set[Key], cells: Sequence[Cell]) -> None:
+    """Ends what a kill left of cells that will not be resumed, and records what they finished.
+
+    Args:
+      output: the directory of the table.
+      recorded: what runs.jsonl holds.
+      cells: what will be trained.
+    """
+    for home in output.glob("cells/*/*/*/seeds-*-*"):
+        dataset, model, optimizer, seeds = home.relative_to(output / "cells").parts
+        _, first, last = seeds.split("-")
+        cell = Cell(f"{dataset}/{model}", optimizer, range(int(first), int(last) + 1))
+        in_the_way = cell not in cells and any(other[:2] == cell[:2] for other in cells)
+        if in_the_way or cell.keys() & recorded:
+            lock = os.open(home.parent / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            if _take(lock):  # else a process is at work there
+                close(output, cell)
+            os.close(lock)
