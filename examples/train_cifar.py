@@ -20,6 +20,7 @@ examples:
   python examples/train_cifar.py --dataset digits --epochs 10 --batch_size 32
   python examples/train_cifar.py --dataset cifar100 --model resnet18 --output runs/adamsrt --resume
   python examples/train_cifar.py --dataset folder:images.tar.xz --optimizer sgdmrt --seeds 3
+  python examples/train_cifar.py --epochs 30 --optimizer adam --geometry --output runs/adam
   python examples/train_cifar.py --coordinator 10.0.0.1:1234 --num_processes 2 --process_id 0
 """
 MAX_STEPS = 2**31 - 1  # what an optimizer's int32 counts
@@ -94,6 +95,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     import jax
     from flax import nnx
 
+    import spherical_optax as so
     from cifar import data, models, processes, programs, report, runs
 
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
@@ -124,6 +126,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
 
     milestones = recipes.milestones(args.epochs, steps)
     schedule = recipes.step_schedule(rate, milestones)
+    tx = recipes.make_optimizer(args.optimizer, recipe._replace(weight_decay=decay), schedule)
     job = runs.Job(
         arguments=arguments,
         output=args.output,
@@ -131,7 +134,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         tensorboard=args.tensorboard,
         images=images,
         make_model=make_model,
-        tx=recipes.make_optimizer(args.optimizer, recipe._replace(weight_decay=decay), schedule),
+        tx=so.with_geometry(tx, channel_axes=recipes.spheres()) if args.geometry else tx,
         schedule=schedule,
         milestones=milestones,
         steps_per_epoch=steps,
@@ -176,6 +179,7 @@ def _arguments(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, An
         "learning_rate": recipe.learning_rate if rate is None else rate,
         "weight_decay": recipe.weight_decay if decay is None else decay,
         "precision": args.precision,
+        "geometry": args.geometry,
         "seed": args.seed,
         "seeds": args.seeds,
     }
@@ -195,8 +199,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.seed + args.seeds > 2**32:
         parser.error(f"--seeds {args.seeds} from --seed {args.seed} goes beyond {2**32 - 1}")
-    if args.output is None and (args.resume or args.tensorboard):
-        parser.error(f"--{'resume' if args.resume else 'tensorboard'} needs --output")
+    for name in ("resume", "tensorboard", "geometry"):
+        if getattr(args, name) and args.output is None:
+            parser.error(f"--{name} needs --output")
     given = [args.num_processes is not None, args.process_id is not None]
     if any(given) and (args.coordinator in (None, "auto")):
         parser.error("--num_processes and --process_id need --coordinator HOST:PORT")
@@ -283,6 +288,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tensorboard",
         action="store_true",
         help="write TensorBoard's event files too, in DIR/tensorboard",
+    )
+    add(
+        "--geometry",
+        action="store_true",
+        help="measure each step on the sphere, and write every epoch's angle per step, effective "
+        "learning rate, radius and more of each kernel to DIR/geometry.jsonl",
     )
     several = parser.add_argument_group(
         "several processes",

@@ -15,31 +15,24 @@ from spherical_optax._measures import deformed, observed_rate, radial_part, turn
 from spherical_optax._selection import ChannelAxes, is_hole, named_leaves, select
 
 
-class Spread(NamedTuple):
-    """A measure over the groups of a leaf; scalars in float32 at least."""
-
-    mean: jax.Array
-    min: jax.Array
-    max: jax.Array
-
-
-class LeafGeometry(NamedTuple):
-    """The measures of one leaf at the last measured step."""
-
-    angle: Spread
-    effective_learning_rate: Spread
-    radius: Spread
-    radial_fraction: Spread
-    deformation: Spread
-    momentum_radial_fraction: Spread | None
+# The rows and columns of the state's arrays; the last row only where there is one momentum.
+MEASURES = (
+    "angle",
+    "effective_learning_rate",
+    "radius",
+    "radial_fraction",
+    "deformation",
+    "momentum_radial_fraction",
+)
+STATISTICS = ("mean", "min", "max")
 
 
 class WithGeometryState(NamedTuple):
     """State of `with_geometry`."""
 
     inner_state: optax.OptState  # the wrapped optimizer's own
-    count: jax.Array  # int32 [], the updates since the last measured one
-    leaves: dict[str, LeafGeometry]  # by path, those that are spherical
+    count: jax.Array  # int32 [], below `every`; 0 if the next update is measured
+    leaves: dict[str, jax.Array]  # by path: float32 (or wider) [5 or 6 measures, 3 statistics]
 
 
 def with_geometry(
@@ -96,12 +89,8 @@ def with_geometry(
         leaves: Any = {}
         for leaf in select(params, channel_axes):
             if leaf.axes:
-                zero = jnp.zeros((), widen(leaf.value).dtype)
-                none_yet = Spread(zero, zero, zero)
-                of_momentum = none_yet if leaf.path in momenta else None
-                leaves[leaf.path] = LeafGeometry(
-                    none_yet, none_yet, none_yet, none_yet, none_yet, of_momentum
-                )
+                rows = len(MEASURES) - (leaf.path not in momenta)
+                leaves[leaf.path] = jnp.zeros((rows, len(STATISTICS)), widen(leaf.value).dtype)
         if not named_leaves(params) and params:
             # A stand-in of optax.tree.map_params: one leaf for all that is no parameter.
             leaves = jnp.zeros(())
@@ -116,18 +105,18 @@ def with_geometry(
         params = need_params(params, "with_geometry")
         steps, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
 
-        def measure() -> dict[str, LeafGeometry]:
-            # Without the barrier XLA would draw the optimizer's arithmetic into these sums.
-            trees = jax.lax.optimization_barrier((params, updates, steps))
+        def measure() -> dict[str, jax.Array]:
+            points, grads, moves = (
+                dict(named_leaves(tree)) for tree in (params, updates, steps)
+            )
             momenta = _momenta(inner_state)
-            points, grads, moves = (dict(named_leaves(tree)) for tree in trees)
             measured = dict(state.leaves)
             for leaf in select(updates, channel_axes):
                 path, old = leaf.path, state.leaves.get(leaf.path)
-                if leaf.axes and old:
-                    m = None if old.momentum_radial_fraction is None else momenta[path]
-                    arrays = points[path], grads[path], moves[path], m
-                    measured[path] = _measure(leaf.axes, old, *arrays)
+                if leaf.axes and old is not None:
+                    momentum = momenta.get(path) if len(old) == len(MEASURES) else None
+                    arrays = points[path], grads[path], moves[path], momentum
+                    measured[path] = _measure(leaf.axes, *arrays).astype(old.dtype)
             return measured
 
         if every == 1:
@@ -175,39 +164,31 @@ def geometry(state: optax.OptState) -> dict[str, jax.Array]:
             "state of an optimizer wrapped as so.with_geometry(optimizer, channel_axes=...)"
         )
     return {
-        f"{path}/{measure}/{statistic}": value
-        for path, leaf in found[0].leaves.items()
-        for measure, spread in leaf._asdict().items()
-        if spread is not None
-        for statistic, value in spread._asdict().items()
+        f"{path}/{measure}/{statistic}": figures[..., row, column]
+        for path, figures in found[0].leaves.items()
+        for row, measure in enumerate(MEASURES[: figures.shape[-2]])
+        for column, statistic in enumerate(STATISTICS)
     }
 
 
 def _measure(
-    axes: tuple[int, ...],
-    old: LeafGeometry,
-    x: jax.Array,
-    g: jax.Array,
-    s: jax.Array,
-    m: jax.Array | None,
-) -> LeafGeometry:
-    """The measures of a leaf, in the dtypes of the old ones."""
-    x = widen(x).astype(old.radius.mean.dtype)
-    g, s = g.astype(x.dtype), s.astype(x.dtype)
-
-    def spread(values: jax.Array) -> Spread:
-        return Spread(values.mean(), values.min(), values.max())
-
-    return LeafGeometry(
-        angle=spread(turned(axes, x, s)),
-        effective_learning_rate=spread(observed_rate(axes, x, s, g)),
-        radius=spread(norm(x, axes)),
-        radial_fraction=spread(radial_part(axes, x, s)),
-        deformation=spread(deformed(axes, x, s, g)),
-        momentum_radial_fraction=(
-            None if m is None else spread(radial_part(axes, x, m.astype(x.dtype)))
-        ),
-    )
+    axes: tuple[int, ...], x: jax.Array, g: jax.Array, s: jax.Array, m: jax.Array | None
+) -> jax.Array:
+    """The array of a leaf."""
+    # Without the barrier XLA would draw the optimizer's arithmetic into these sums.
+    arrays = jax.lax.optimization_barrier([a for a in (x, g, s, m) if a is not None])
+    x, *vectors = map(widen, arrays)
+    g, s, *momentum = (vector.astype(x.dtype) for vector in vectors)
+    rows = [
+        turned(axes, x, s),
+        observed_rate(axes, x, s, g),
+        norm(x, axes),
+        radial_part(axes, x, s),
+        deformed(axes, x, s, g),
+        *(radial_part(axes, x, m) for m in momentum),
+    ]
+    table = jnp.stack(rows).reshape(len(rows), -1)
+    return jnp.stack([table.mean(1), table.min(1), table.max(1)], axis=1)
 
 
 def _momenta(state: optax.OptState) -> dict[str, jax.Array]:

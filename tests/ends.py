@@ -29,6 +29,10 @@ def last_arrays(output: Path) -> dict[str, np.ndarray]:
 
 def assert_same_end(output: Path, whole: Path) -> None:
     assert figures(output) == figures(whole)
+    geometry = [directory / "geometry.jsonl" for directory in (output, whole)]
+    assert geometry[0].exists() == geometry[1].exists()
+    if geometry[0].exists():
+        assert geometry[0].read_bytes() == geometry[1].read_bytes()
     found, expected = last_arrays(output), last_arrays(whole)
     assert found.keys() == expected.keys() and any("opt_state" in name for name in found)
     for name in found:

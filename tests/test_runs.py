@@ -34,7 +34,7 @@ def tiny(compiled_quickly):
 
 
 def train(output: Path, *options: str) -> int:
-    arguments = f"--epochs 4 --batch_size 5 --seed 2 --output {output}".split()
+    arguments = f"--epochs 4 --batch_size 5 --seed 2 --geometry --output {output}".split()
     return train_cifar.main([*arguments, *options])
 
 
@@ -133,8 +133,9 @@ def test_metrics_after_the_checkpoint_are_replaced(whole, tmp_path, capsys):
     shutil.copytree(whole, output)
     (output / "summary.json").unlink()
     epoch = drop_last(output, shutil.rmtree)
-    with (output / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 5, "lea')
+    for name in ("metrics.jsonl", "geometry.jsonl"):
+        with (output / name).open("a") as file:
+            file.write('{"epoch": 5, "lea')
     assert train(output, "--resume") == 0
     assert f"going on in epoch {epoch}." in capsys.readouterr().out
     assert_same_end(output, whole)
@@ -280,7 +281,8 @@ def test_several_seeds(together, whole, tmp_path, monkeypatch, capsys):
     summaries = []
     for seed in (1, 2, 3):
         directory = output / f"seed-{seed}"
-        names = {"arguments.json", "metrics.jsonl", "summary.json", "curves.png", "tensorboard"}
+        names = {"arguments.json", "metrics.jsonl", "geometry.jsonl", "summary.json", "curves.png"}
+        names.add("tensorboard")
         if not together:
             names.add("checkpoints")
         assert {path.name for path in directory.iterdir()} == names
@@ -346,7 +348,6 @@ def test_tensorboard_has_every_epoch_once_after_resuming(tmp_path, monkeypatch):
         assert train(output, "--tensorboard") == 143
     assert train(output, "--tensorboard", "--resume") == 0
     (path,) = (output / "tensorboard").iterdir()
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     tags = {
         "learning_rate": "learning_rate",
         "train_loss": "train/loss",
@@ -356,8 +357,11 @@ def test_tensorboard_has_every_epoch_once_after_resuming(tmp_path, monkeypatch):
         "images_per_second": "images_per_second",
     }
     expected = [
-        (tag, line["epoch"], pytest.approx(line[name], rel=1e-6))  # float32
-        for line in lines
-        for name, tag in tags.items()
+        (tags.get(name, name), line["epoch"], pytest.approx(value, rel=1e-6))  # float32
+        for file in ("metrics.jsonl", "geometry.jsonl")
+        for line in map(json.loads, (output / file).read_text().splitlines())
+        for name, value in line.items()
+        if name != "epoch"
     ]
+    assert len(expected) == 4 * (len(tags) + 6 * 3)
     assert sorted(read_events(path)) == sorted(expected, key=lambda e: e[:2])

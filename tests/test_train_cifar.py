@@ -116,6 +116,7 @@ def test_command_writes_its_files(folder, finished):
         "learning_rate": 1e-3,
         "weight_decay": 7.8125e-6,
         "precision": "float32",
+        "geometry": False,
         "seed": 5,
     }
     assert summary["arguments"] == arguments

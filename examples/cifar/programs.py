@@ -22,6 +22,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import spherical_optax as so
 from cifar.data import DataSet, Split, augment, normalise
 
 EVALUATION_BATCH = 1250  # divides the validation and test splits of CIFAR
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
 
     loss: jax.Array  # mean cross-entropy in nats, float32
     correct: jax.Array  # number of images, int32
+    geometry: jax.Array  # float32 [figures], as `Trainer.figures` names them
 
 
 class Seeds(NamedTuple):
@@ -58,11 +60,15 @@ class Seeds(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The compiled programs of a training. `steps` is of an epoch, `images` of its training."""
+    """The compiled programs of a training. `steps` is of an epoch, `images` of its training.
+
+    `figures` names what an optimizer that is wrapped in `with_geometry` measures.
+    """
 
     images: int
     steps: int
     batch_size: int
+    figures: tuple[str, ...]
     compile_seconds: float
     shuffle: Callable[[Seeds, int], tuple[jax.Array, jax.Array]]
     train: Callable[[TrainState, jax.Array, jax.Array, int], tuple[TrainState, Batch]]
@@ -149,7 +155,9 @@ def make_step(
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state), Batch(loss, correct)
+        figures = [*_geometry(opt_state).values()]
+        measured = jnp.stack(figures) if figures else jnp.zeros(0)
+        return TrainState(params, batch_stats, opt_state), Batch(loss, correct, measured)
 
     return step
 
@@ -242,6 +250,7 @@ def compile_trainer(
         images=images,
         steps=steps_per_epoch(images, batch_size),
         batch_size=batch_size,
+        figures=tuple(_geometry(state.opt_state)),
         compile_seconds=time.perf_counter() - began,
         shuffle=shuffle,
         train=train,
@@ -285,6 +294,10 @@ def _compile_evaluation(
         return means[0].tolist(), means[1].tolist()
 
     return evaluate
+
+
+def _geometry(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    return so.geometry(opt_state) if isinstance(opt_state, so.WithGeometryState) else {}
 
 
 def _losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

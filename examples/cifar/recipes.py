@@ -7,7 +7,8 @@ defaults from here and still answer `--help` at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import optax
@@ -145,14 +146,21 @@ def step_schedule(learning_rate: float, steps: tuple[int, ...]) -> optax.Schedul
     return optax.piecewise_constant_schedule(learning_rate, scales)
 
 
+def spheres() -> Callable[[str, Any], int | tuple[int, ...] | None]:
+    """The selection: one group per output channel of each kernel whose path contains `conv`."""
+    import spherical_optax as so
+
+    return so.by_path({"conv": -1})
+
+
 def make_optimizer(
     name: str, recipe: Recipe, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     """The named optimizer with a recipe's hyper-parameters.
 
-    The spherical ones treat each output channel of every kernel whose path contains `conv` as one
-    group, and the other parameters classically. Weight decay is coupled L2 on every parameter,
-    except for `adamw`, which decouples it.
+    The spherical ones treat what `spheres` selects spherically, and the other parameters
+    classically. Weight decay is coupled L2 on every parameter, except for `adamw`, which decouples
+    it.
 
     Args:
       name: one of `OPTIMIZERS`.
@@ -166,8 +174,7 @@ def make_optimizer(
 
     import spherical_optax as so
 
-    axes = so.by_path({"conv": -1})
-    spherical = {"weight_decay": recipe.weight_decay, "channel_axes": axes}
+    spherical = {"weight_decay": recipe.weight_decay, "channel_axes": spheres()}
     coupled_l2 = optax.add_decayed_weights(recipe.weight_decay)
     match name:
         case "adams":

@@ -1,4 +1,4 @@
-"""The files of a run: arguments.json, metrics.jsonl, summary.json, curves.png and tensorboard/."""
+"""The files of a run: arguments.json, *.jsonl, summary.json, curves.png and tensorboard/."""
 
 import json
 import os
@@ -28,36 +28,42 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     _replace(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_metrics(path: Path, history: Sequence[Metrics]) -> None:
-    """Write the epochs so far as lines of JSON, whole or not at all."""
-    _replace(path, "".join(map(_line, history)))
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write an epoch's figures as a line of JSON each, whole or not at all."""
+    _replace(path, "".join(map(_line, lines)))
 
 
-def append_metrics(path: Path, metrics: Metrics) -> None:
+def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add one epoch as one line of JSON, in one write, so that no reader sees half a line."""
     with path.open("ab", buffering=0) as file:
-        file.write(_line(metrics).encode())
+        file.write(_line(line).encode())
 
 
-def open_events(directory: Path, history: Sequence[Metrics]) -> SummaryWriter:
-    """Begin TensorBoard's event file with the epochs so far, in place of what is there.
+def read_lines(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """The lines of the first epochs, as far as the file has them; none without the file."""
+    if not path.exists():
+        return []
+    # The last line may be torn.
+    texts = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [line for line in map(json.loads, texts) if line["epoch"] <= epochs]
+
+
+def open_events(directory: Path) -> SummaryWriter:
+    """Begin TensorBoard's event file in place of what is there.
 
     It is written in the background, and whole once it is closed.
     """
     shutil.rmtree(directory, ignore_errors=True)
-    writer = SummaryWriter(str(directory), flush_secs=5)
-    for metrics in history:
-        add_events(writer, metrics)
-    return writer
+    return SummaryWriter(str(directory), flush_secs=5)
 
 
-def add_events(writer: SummaryWriter, metrics: Metrics) -> None:
+def add_events(writer: SummaryWriter, line: dict[str, Any]) -> None:
     """Add an epoch's scalars."""
-    for name, value in metrics._asdict().items():
-        if name != "epoch":
+    for name, value in line.items():
+        if name != "epoch" and value is not None:
             # Of train/loss and valid/loss, TensorBoard makes a page for train and one for valid.
             tag = name.replace("train_", "train/").replace("valid_", "valid/")
-            writer.add_scalar(tag, value, metrics.epoch)
+            writer.add_scalar(tag, value, line["epoch"])
 
 
 def write_summary(
@@ -198,8 +204,8 @@ def draw_curves(
     replace_file(path, FigureCanvasAgg(figure).print_png)
 
 
-def _line(metrics: Metrics) -> str:
-    return json.dumps(metrics._asdict(), allow_nan=False) + "\n"
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content, allow_nan=False) + "\n"
 
 
 def _replace(path: Path, text: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,14 +20,15 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from cifar import checkpoints, programs, report, training
 from cifar.data import DataSet
+from cifar.display import epoch_line, progress_bar, say, seed_name
 from cifar.processes import leads, make_stop
 from cifar.signals import Stopped, StopSignals
 
 ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
+GEOMETRY = "geometry.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
@@ -135,7 +138,7 @@ def train(job: Job, groups: Sequence[Sequence[int]]) -> bool:
         if len(finished) == len(seeds):
             summaries = [json.loads((d / SUMMARY).read_text(encoding="utf-8")) for d in finished]
             accuracies += [summary["test_accuracy"] for summary in summaries]
-            say(f"{_name(job, seeds)}finished before.")
+            say(f"{seed_name(job.arguments, seeds)}finished before.")
             continue
         of_group = {seed: directories[seed] for seed in seeds}
         trainer, results = _train_group(job, of_group, trainer)
@@ -147,13 +150,6 @@ def train(job: Job, groups: Sequence[Sequence[int]]) -> bool:
             f"(standard deviation) of {len(accuracies)} seeds."
         )
     return not failed
-
-
-def say(text: str, *, file: IO[str] | None = None) -> None:
-    """Print a line above the progress bar, in the leading process."""
-    if leads():
-        tqdm.write(text, file=file or sys.stdout)
-        sys.stdout.flush()
 
 
 def _train_group(
@@ -172,14 +168,16 @@ def _train_group(
             manager = checkpoints.open_checkpoints((alone or job.output) / CHECKPOINTS)
             stack.callback(checkpoints.close, manager)
         if manager and job.resume:
-            run = _restore(manager, run, origin, _name(job, seeds))
+            run = _restore(manager, run, origin, seed_name(job.arguments, seeds))
         records = [
             _begin_files(job, seed, directory, history, stack)
             for (seed, directory), history in zip(
                 directories.items(), run.progress.history, strict=True
             )
         ]
-        show = stack.enter_context(_progress_bar(job, of_seeds, _name(job, seeds)))
+        show = stack.enter_context(
+            progress_bar(job.arguments, of_seeds, seed_name(job.arguments, seeds))
+        )
         trainer = trainer or programs.compile_trainer(
             graphdef,
             job.tx,
@@ -200,12 +198,13 @@ def _train_group(
         def on_epoch(run: training.Run) -> None:
             epoch, histories = run.progress.epoch - 1, run.progress.history
             latest = []
-            for history, record in zip(histories, records, strict=True):
+            figures = run.progress.epoch_geometry
+            for history, measured, record in zip(histories, figures, records, strict=True):
                 if history and history[-1].epoch == epoch:  # else this seed has failed
-                    record(history[-1])
+                    record(history[-1], measured)
                     latest.append(history[-1])
             if latest:
-                say(_name(job, seeds) + _line(latest, epochs))
+                say(seed_name(job.arguments, seeds) + epoch_line(latest, epochs))
             # Epochs may be shorter than a save; several processes must decide alike.
             busy = jax.process_count() == 1 and manager and manager.is_saving_in_progress()
             if not busy or epoch == epochs:
@@ -244,7 +243,7 @@ def _finish(
     compile_seconds: float,
 ) -> None:
     """Write the picture and, if the run at this place among its seeds came to its end, the rest."""
-    name, progress = _name(job, [seed]), run.progress
+    name, progress = seed_name(job.arguments, [seed]), run.progress
     history, failure = progress.history[place], progress.failed[place]
     if failure:
         rate = job.arguments["learning_rate"]
@@ -308,69 +307,42 @@ def _begin_files(
     directory: Path | None,
     history: Sequence[training.Metrics],
     stack: ExitStack,
-) -> Callable[[training.Metrics], None]:
+) -> Callable[[training.Metrics, dict[str, float]], None]:
     """Write what there is of a run so far; gives the function that adds an epoch."""
     if directory is None or not leads():
-        return lambda metrics: None
+        return lambda metrics, geometry: None
     directory.mkdir(exist_ok=True)
     if job.arguments["seeds"] > 1:
         report.write_json(directory / ARGUMENTS, _of_seed(job, seed))
     # Epochs after the checkpoint that the run goes on from will be run again.
-    report.write_metrics(directory / METRICS, history)
+    lines = {METRICS: [metrics._asdict() for metrics in history]}
+    if job.arguments["geometry"]:
+        lines[GEOMETRY] = report.read_lines(directory / GEOMETRY, len(history))
+    for name, past in lines.items():
+        report.write_lines(directory / name, past)
     events = None
     if job.tensorboard:
-        events = report.open_events(directory / "tensorboard", history)
+        events = report.open_events(directory / "tensorboard")
         stack.callback(events.close)
+        for line in itertools.chain(*lines.values()):
+            report.add_events(events, line)
 
-    def record(metrics: training.Metrics) -> None:
-        report.append_metrics(directory / METRICS, metrics)
-        if events:
-            report.add_events(events, metrics)
+    def record(metrics: training.Metrics, geometry: dict[str, float]) -> None:
+        new = {METRICS: metrics._asdict(), GEOMETRY: _geometry_line(metrics.epoch, geometry)}
+        for name in lines:
+            report.append_line(directory / name, new[name])
+            if events:
+                report.add_events(events, new[name])
 
     return record
+
+
+def _geometry_line(epoch: int, geometry: dict[str, float]) -> dict[str, float | None]:
+    """What float32 holds of an epoch's geometry; None for what is infinite or no number."""
+    figures = {k: float(f"{v:.7g}") if math.isfinite(v) else None for k, v in geometry.items()}
+    return {"epoch": epoch} | figures
 
 
 def _of_seed(job: Job, seed: int) -> dict[str, Any]:
     """The arguments that give one seed's run when it is alone."""
     return {k: v for k, v in job.arguments.items() if "seeds" not in k} | {"seed": seed}
-
-
-def _name(job: Job, seeds: Sequence[int]) -> str:
-    """What a line about a seed starts with, where there are others."""
-    return f"seed {seeds[0]}: " if len(seeds) == 1 < job.arguments["seeds"] else ""
-
-
-def _line(latest: Sequence[training.Metrics], epochs: int) -> str:
-    """An epoch in words, the mean of several seeds."""
-    m = training.Metrics(*np.mean(latest, axis=0).tolist())
-    seeds = f" (means of {len(latest)} seeds)" if len(latest) > 1 else ""
-    return (
-        f"epoch {m.epoch:.0f}/{epochs}: train {m.train_accuracy:.2%} (loss {m.train_loss:.4f}), "
-        f"validation {m.valid_accuracy:.2%} (loss {m.valid_loss:.4f}), "
-        f"{m.images_per_second:.0f} images/s{seeds}"
-    )
-
-
-@contextmanager
-def _progress_bar(
-    job: Job, of_seeds: programs.Seeds, name: str
-) -> Generator[Callable[[training.Progress], None], None, None]:
-    """A bar over the images of an epoch; gives the function that shows where a run stands."""
-    seeds, images = of_seeds.train.shape
-    hidden = None if leads() else True  # None: hidden where stderr is not a terminal
-    with tqdm(total=images, desc="compiling", unit="img", leave=False, disable=hidden) as bar:
-
-        def show(progress: training.Progress) -> None:
-            seen = min(images, progress.step * job.arguments["batch_size"])
-            if seen <= bar.n:
-                bar.reset()
-            bar.set_description(
-                f"{name}epoch {progress.epoch}/{job.arguments['epochs']}", refresh=False
-            )
-            if seen:
-                loss = sum(progress.loss_sum) / (seeds * seen)
-                accuracy = sum(progress.correct) / (seeds * seen)
-                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
-            bar.update(seen - bar.n)
-
-        yield show

@@ -41,12 +41,14 @@ class Progress(NamedTuple):
     step: int  # how many of its steps are done
     loss_sum: list[float]  # over the images of these steps
     correct: list[int]
+    geometry: list[list[float]]  # as `Trainer.figures`: sums of means; minima; maxima
     epoch_seconds: float  # that these steps took
     seconds: float  # of training and validation since the run began, without compilation
     history: list[list[Metrics]]
     best_epoch: list[int]  # 0 if none
     best_accuracy: list[float]
     best_loss: list[float]
+    epoch_geometry: list[dict[str, float]]  # of the epoch before; empty without `figures`
     failed: list[str | None]  # why a seed cannot go on: a loss that is NaN or infinite
 
 
@@ -101,12 +103,14 @@ def start_run(
         step=0,
         loss_sum=[0.0] * n,
         correct=[0] * n,
+        geometry=[[] for _ in seeds],
         epoch_seconds=0.0,
         seconds=0.0,
         history=[[] for _ in seeds],
         best_epoch=[0] * n,
         best_accuracy=[-1.0] * n,
         best_loss=[0.0] * n,
+        epoch_geometry=[{} for _ in seeds],
         failed=[None] * n,
     )
     best = jax.tree.map(jnp.copy, Network(state.params, state.batch_stats))
@@ -172,7 +176,7 @@ def fit(
 
 def _after_batches(progress: Progress, batches: Batch, trainer: Trainer, began: float) -> Progress:
     """Add the figures of one call, of each seed or of each step and seed."""
-    losses, corrects = np.atleast_2d(*batches)
+    losses, corrects = np.atleast_2d(batches.loss, batches.correct)
     size = min(trainer.batch_size, trainer.images - progress.step * trainer.batch_size)
     failed = list(progress.failed)
     for seed in np.flatnonzero(~np.isfinite(losses).all(axis=0)):
@@ -181,16 +185,40 @@ def _after_batches(progress: Progress, batches: Batch, trainer: Trainer, began: 
             f"the training loss is {losses[step, seed]} at step {progress.step + step + 1} "
             f"of epoch {progress.epoch}"
         )
+    measured = batches.geometry.reshape(*losses.shape, len(trainer.figures))
     seconds = time.perf_counter() - began
     loss_sums = size * losses.sum(axis=0, dtype=np.float64)
     return progress._replace(
         step=progress.step + len(losses),
         loss_sum=(progress.loss_sum + loss_sums).tolist(),
         correct=(progress.correct + corrects.sum(axis=0)).tolist(),
+        geometry=_add_geometry(progress, measured, trainer.figures),
         epoch_seconds=progress.epoch_seconds + seconds,
         seconds=progress.seconds + seconds,
         failed=failed,
     )
+
+
+def _add_geometry(
+    progress: Progress, measured: np.ndarray, names: Sequence[str]
+) -> list[list[float]]:
+    """Add the figures [steps, seeds, names] of one call."""
+    steps = measured.astype(np.float64)
+    if progress.step:
+        steps = np.concatenate([np.asarray(progress.geometry)[None], steps])
+    kind = np.array([name.rpartition("/")[2] for name in names])
+    least, most = steps.min(axis=0), steps.max(axis=0)
+    sums = steps.sum(axis=0)
+    return np.where(kind == "mean", sums, np.where(kind == "min", least, most)).tolist()
+
+
+def _epoch_geometry(progress: Progress, trainer: Trainer) -> list[dict[str, float]]:
+    """The means over an epoch's steps, the smallest minima and the largest maxima."""
+    parts = [trainer.steps if name.endswith("/mean") else 1 for name in trainer.figures]
+    return [
+        {name: value / n for name, value, n in zip(trainer.figures, values, parts, strict=True)}
+        for values in progress.geometry
+    ]
 
 
 def _after_epoch(
@@ -230,12 +258,14 @@ def _after_epoch(
         step=0,
         loss_sum=[0.0] * n,
         correct=[0] * n,
+        geometry=[[] for _ in losses],
         epoch_seconds=0.0,
         seconds=progress.seconds,
         history=history,
         best_epoch=best_epoch,
         best_accuracy=best_accuracy,
         best_loss=best_loss,
+        epoch_geometry=_epoch_geometry(progress, trainer),
         failed=failed,
     )
     return after, better
