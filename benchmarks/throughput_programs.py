@@ -15,9 +15,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+import spherical_optax as so
 import timing
 from cifar import data, models, programs, recipes, training
 from flops import forward_flops
+from throughput_report import WATCHED
 
 CLASSES = 10
 EPOCH_IMAGES = 50_000  # CIFAR's: 47,500 to train on and 2,500 for validation
@@ -65,10 +67,13 @@ def _prepare(cell: Cell, optimizer: str, images: data.DataSet, epochs: int) -> _
     """Compiles a training by the published recipe, with the seeds from 0 on."""
     total = len(images.train.labels)
     count = len(data.validation_split(total, 0)[0])
-    recipe, _ = recipes.recipe(images.name, cell.model, optimizer)
+    name = optimizer.removesuffix(WATCHED)
+    recipe, _ = recipes.recipe(images.name, cell.model, name)
     milestones = recipes.milestones(epochs, programs.steps_per_epoch(count, cell.batch_size))
     schedule = recipes.step_schedule(recipe.learning_rate, milestones)
-    tx = recipes.make_optimizer(optimizer, recipe, schedule)
+    tx = recipes.make_optimizer(name, recipe, schedule)
+    if name != optimizer:
+        tx = so.with_geometry(tx, channel_axes=recipes.spheres())
 
     def make_model(seed: int) -> nnx.Module:
         make = models.MODELS[cell.model]
@@ -99,7 +104,7 @@ def measure_steps(
 
     Args:
       cell: the setting.
-      optimizers: of `recipes.OPTIMIZERS`.
+      optimizers: of `recipes.OPTIMIZERS`, each plain or with `WATCHED` after it.
       torch_device: "cpu" or "cuda", to time PyTorch on it too.
       rounds: timings of each program.
       peak: gives the operations per second that the device can do in this precision.

@@ -33,7 +33,9 @@ _FIGURES = {
     "epoch": ("epoch_seconds", "projected_minutes", "compile_seconds"),
     "accuracy": ("epoch", "seconds", "best_accuracy", "compile_seconds"),
 }
-_PROGRAMS = ("adam", *(name for name in recipes.OPTIMIZERS if name != "adam"), *TORCH)
+WATCHED = "+geometry"  # after an optimizer's name: wrapped in `with_geometry`
+_NAMES = ("adam", *(name for name in recipes.OPTIMIZERS if name != "adam"))
+_PROGRAMS = (*(name + suffix for name in _NAMES for suffix in ("", WATCHED)), *TORCH)
 
 
 def key(line: Line) -> Key:
@@ -137,7 +139,10 @@ def _notes(lines: Sequence[Line]) -> list[str]:
         "accuracy": "seconds: of training and validation, without compiling, until the first epoch "
         "whose validation accuracy reaches the one stated.",
     }
-    return [notes[kind] for kind in _ROWS if kind in kinds]
+    found = [notes[kind] for kind in _ROWS if kind in kinds]
+    if any(line["program"].endswith(WATCHED) for line in lines):
+        found.append(f"{WATCHED}: with every step measured, as by train_cifar.py --geometry.")
+    return found
 
 
 def _cell(line: Line) -> list[str]:

@@ -36,7 +36,7 @@ from benchmark_command import (
 )
 from cifar import recipes
 from cifar.command import make_parser, number, one_of, positive, several
-from throughput_report import TORCH, Key, Line
+from throughput_report import TORCH, WATCHED, Key, Line
 
 if TYPE_CHECKING:
     from cifar.data import DataSet
@@ -46,6 +46,7 @@ examples:
   python benchmarks/training_throughput.py --torch
   python benchmarks/training_throughput.py --models resnet18 --precisions bfloat16 \\
     --batch_sizes 512 --seeds 1 --epoch
+  python benchmarks/training_throughput.py --optimizers adam,adam+geometry
   python benchmarks/training_throughput.py --accuracy 0.9 --dataset digits
   python benchmarks/training_throughput.py --report --output runs/training_throughput
 """
@@ -255,10 +256,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     add(
         "--optimizers",
-        type=partial(several, partial(one_of, recipes.OPTIMIZERS)),
+        type=partial(several, _optimizer),
         default=("adam", "adamsrt"),
         metavar="A,B,...",
-        help=f"of {','.join(recipes.OPTIMIZERS)} (default: adam,adamsrt)",
+        help=f"of {','.join(recipes.OPTIMIZERS)}, each plain or with {WATCHED} after its name, as "
+        "with train_cifar.py --geometry (default: adam,adamsrt)",
     )
     add(
         "--rounds",
@@ -314,6 +316,10 @@ def _parser() -> argparse.ArgumentParser:
         "whatever the other options say",
     )
     return parser
+
+
+def _optimizer(text: str) -> str:
+    return one_of(recipes.OPTIMIZERS, text.removesuffix(WATCHED)) and text
 
 
 def _share(text: str) -> float:

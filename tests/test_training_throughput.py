@@ -127,6 +127,24 @@ def test_what_is_measured_is_the_trainer(tiny, monkeypatch):
     assert figures["steps_per_call"] == 20 and figures["ratio_to_adam"] is None
 
 
+def test_steps_can_be_watched(tiny, tmp_path, monkeypatch):
+    figures = []
+    compile_trainer = programs.compile_trainer
+
+    def spy(*args, **kwargs):
+        trainer = compile_trainer(*args, **kwargs)
+        figures.append(len(trainer.figures))
+        return trainer
+
+    monkeypatch.setattr(programs, "compile_trainer", spy)
+    arguments = ["--batch_sizes", "8", "--rounds", "3"]
+    assert main(tmp_path, *arguments, "--optimizers", "adam,adam+geometry") == 0
+    assert figures == [0, 18]
+    plain, watched = read(tmp_path)
+    assert watched["program"] == "adam+geometry" and watched["ratio_to_adam"]["median"] > 0
+    assert "\n* +geometry: " in (tmp_path / "table.md").read_text()
+
+
 def test_time_to_an_accuracy(no_training, tmp_path, capsys):
     def measure(accuracy: str) -> dict[str, Any]:
         arguments = ["--accuracy", accuracy, "--dataset", "digits", "--epochs", "3"]
