@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -15,8 +12,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cifar.command import make_parser
-from cifar.files import replace_file
+from cifar.run_pictures import (
+    METRICS,
+    Arguments,
+    Refused,
+    check_number,
+    check_output,
+    differing,
+    make_drawing_parser,
+    name_common,
+    name_run,
+    outcome,
+    read_arguments,
+    read_epochs,
+    read_object,
+    read_runs,
+    write_picture,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,10 +41,7 @@ examples:
   python examples/compare_runs.py runs/adam runs/adamsrt
   python examples/compare_runs.py runs/table/cells/cifar10/resnet20 --output resnet20.png
 """
-ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"  # of a run
-SETTING = ("dataset", "model", "optimizer")
-SEEDS = ("seed", "seeds", "seeds_at_once")  # the latter do not change a run
-OWN = ("learning_rate", "weight_decay")  # every optimizer's recipe has its own
+SUMMARY = "summary.json"  # of a finished run
 ZOOM_FROM = 6  # epochs; longer runs show their last third again, in panels of its own
 
 # Line, marker and lightness vary together, so that a print in grey can be read. Their counts have
@@ -46,7 +55,7 @@ class Run(NamedTuple):
     """One seed's training; accuracies are in %, losses in nats, curves by epoch."""
 
     directory: Path
-    arguments: dict[str, Any]  # without SEEDS
+    arguments: Arguments  # without the seed
     seed: Any
     train_loss: list[float]
     valid_accuracy: list[float]
@@ -56,35 +65,18 @@ class Run(NamedTuple):
 Group = list[Run]  # the runs that differ in nothing but the seed
 
 
-class _Refused(Exception):
-    """The runs cannot be compared; the message says why."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
-    args = _parser().parse_args(argv)
-    try:
-        _check_output(args.output)
-        groups = group_runs(find_runs(args.directories))
-        write_picture(args.output, draw(groups))
-        print(f"{text_table(groups)}\nThe curves are in {args.output}.", flush=True)
-        return 0
-    except _Refused as error:
-        return _end(2, f"error: {error}")
-    except ModuleNotFoundError as error:
-        return _end(2, f"error: {error}; install it with: pip install -e '.[examples]'")
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        return _end(1, f"error: {error}")
-    except KeyboardInterrupt:
-        return _end(130, "interrupted")
+    parser = make_drawing_parser("compare_runs.py", __doc__, EXAMPLES, "compare.png")
+    args = parser.parse_args(argv)
+    return outcome(parser.prog, lambda: _compare(args))
 
 
-def _end(code: int, message: str) -> int:
-    print(f"compare_runs.py: {message}", file=sys.stderr)
-    return code
+def _compare(args: argparse.Namespace) -> None:
+    check_output(args.output)
+    groups = group_runs(find_runs(args.directories))
+    write_picture(args.output, draw(groups))
+    print(f"{text_table(groups)}\nThe curves are in {args.output}.", flush=True)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:
@@ -93,84 +85,35 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
     A run without a finished epoch is left out, with a message.
 
     Raises:
-      _Refused: for a directory without a run, a damaged file, or no finished epoch at all.
+      Refused: for a directory without a run, a damaged file, or no finished epoch at all.
     """
-    runs: dict[Path, Run] = {}
-    for directory in directories:
-        if not directory.is_dir():
-            raise _Refused(f"no such directory: {directory}")
-        below = [metrics.parent for metrics in sorted(directory.rglob(METRICS))]
-        found = [path for path in below if (path / ARGUMENTS).is_file()]
-        if not found:
-            raise _Refused(f"no run (with {ARGUMENTS} and {METRICS}) at or below {directory}")
-        runs |= {path.resolve(): _read_run(path) for path in found}
-    for run in runs.values():
-        if not run.train_loss:
-            print(f"{run.directory} has not finished an epoch: left out.", file=sys.stderr)
-    started = [run for run in runs.values() if run.train_loss]
-    if not started:
-        raise _Refused("no run has finished an epoch")
-    return started
+    return read_runs(directories, _read_run)
 
 
-def _read_run(directory: Path) -> Run:
-    path = directory / ARGUMENTS
-    arguments = _object(path, _text(path))
-    for key in (*SETTING, "epochs", "seed", *arguments):
-        if not isinstance(arguments.get(key, []), str | int | float | None):
-            raise _Refused(f"{path}: damaged, {key} is missing or no plain value")
-
-    path = directory / METRICS
-    *lines, last = _text(path).split("\n")
-    epochs = [_object(path, text, line) for line, text in enumerate(lines, 1)]
-    with contextlib.suppress(_Refused):  # the last line may be torn: of a run under way, or killed
-        epochs.append(_object(path, last))
+def _read_run(directory: Path) -> Run | None:
+    arguments = read_arguments(directory)
+    epochs = read_epochs(directory / METRICS)
     for line, epoch in enumerate(epochs, 1):
-        place = f"{path}, line {line}"
-        if epoch.get("epoch") != line:
-            raise _Refused(f"{place}: damaged, it is not of epoch {line}")
-        _check_number(place, epoch, "train_loss", sys.float_info.max)
-        _check_number(place, epoch, "valid_accuracy", 1)
+        place = f"{directory / METRICS}, line {line}"
+        check_number(place, epoch, "train_loss", sys.float_info.max)
+        check_number(place, epoch, "valid_accuracy", 1)
 
     path = directory / SUMMARY
     test_accuracy = None
     if path.exists():
-        summary = _object(path, _text(path))
-        _check_number(str(path), summary, "test_accuracy", 1)
+        summary = read_object(path)
+        check_number(str(path), summary, "test_accuracy", 1)
         test_accuracy = 100 * summary["test_accuracy"]
+    if not epochs:
+        return None
     return Run(
         directory,
-        {key: value for key, value in arguments.items() if key not in SEEDS},
+        {key: value for key, value in arguments.items() if key != "seed"},
         arguments["seed"],
         [epoch["train_loss"] for epoch in epochs],
         [100 * epoch["valid_accuracy"] for epoch in epochs],
         test_accuracy,
     )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise _Refused(f"cannot read {path}: {error.strerror}") from error
-
-
-def _object(path: Path, text: str, first_line: int = 1) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise _Refused(f"{path}, line {line}: damaged, not JSON ({error.msg})") from error
-    if not isinstance(value, dict):
-        raise _Refused(f"{path}, line {first_line}: damaged, not a JSON object")
-    return value
-
-
-def _check_number(place: str, values: dict[str, Any], key: str, most: float) -> None:
-    value = values.get(key)
-    if not isinstance(value, int | float) or not 0 <= value <= most:  # NaN is in no range
-        range_ = "from 0 to 1" if most == 1 else "from 0"
-        raise _Refused(f"{place}: damaged, {key} is not a finite number {range_}")
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -179,7 +122,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     Of two with the same seed as well, one that is not finished is left out, with a message.
 
     Raises:
-      _Refused: where both are finished, which are not two samples.
+      Refused: where both are finished, which are not two samples.
     """
     groups: dict[frozenset[tuple[str, Any]], dict[Any, Run]] = {}
     for run in runs:
@@ -189,7 +132,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             continue
         left_out, kept = sorted((other, run), key=lambda r: (_is_finished(r), len(r.train_loss)))
         if _is_finished(left_out):
-            raise _Refused(
+            raise Refused(
                 f"{other.directory} and {run.directory} are the same run twice, with the same "
                 f"arguments and seed {run.seed}: leave one out"
             )
@@ -202,36 +145,19 @@ def _is_finished(run: Run) -> bool:
     return run.test_accuracy is not None
 
 
-def _differing(groups: Sequence[Group]) -> list[str]:
-    """The arguments that are not the same in all groups."""
-    keys = dict.fromkeys(key for group in groups for key in group[0].arguments)
-    return [key for key in keys if len({g[0].arguments.get(key) for g in groups}) > 1]
-
-
-def _named(arguments: dict[str, Any], keys: Sequence[str]) -> list[str]:
-    return [f"{key} {arguments.get(key)}" for key in keys]
+def _arguments(groups: Sequence[Group]) -> list[Arguments]:
+    return [group[0].arguments for group in groups]
 
 
 def title(groups: Sequence[Group]) -> str:
     """What all the groups have in common."""
-    arguments, different = groups[0][0].arguments, _differing(groups)
-    setting = [str(arguments[key]) for key in ("model", "dataset") if key not in different]
-    common = [key for key in arguments if key not in (*SETTING, *different)]
-    return ", ".join([*filter(None, [" on ".join(setting)]), *_named(arguments, common)])
+    return name_common(_arguments(groups))
 
 
 def label(group: Group, groups: Sequence[Group]) -> str:
-    """The optimizer, what else tells the group from the others, n, and the test accuracy.
-
-    Learning rate and weight decay are named only where they differ for the same optimizer in the
-    same setting: between optimizers they differ by the recipes.
-    """
-    arguments = group[0].arguments
-    alike = [g for g in groups if all(g[0].arguments[k] == arguments[k] for k in SETTING)]
-    keys = [key for key in _differing(groups) if key not in ("optimizer", *OWN)]
-    keys += [key for key in _differing(alike) if key in OWN]
+    """The optimizer, what else tells the group from the others, n, and the test accuracy."""
     n, test = _n_and_test(group)
-    name = ", ".join([str(arguments["optimizer"]), *_named(arguments, keys)])
+    name = name_run(group[0].arguments, _arguments(groups))
     return f"{name} (n = {n})" + (f": test {test} %" if test else "")
 
 
@@ -250,7 +176,7 @@ def _mean_deviation(values: Sequence[float]) -> str:
 
 def text_table(groups: Sequence[Group]) -> str:
     """What is common, and a line for each group with every argument in which they differ."""
-    keys = [key for key in _differing(groups) if key not in ("optimizer", "epochs")]
+    keys = [key for key in differing(_arguments(groups)) if key not in ("optimizer", "epochs")]
     rows = [["optimizer", *keys, "n", "epochs", "test accuracy (%)", "best validation (%)"]]
     for group in groups:
         arguments, (n, test) = group[0].arguments, _n_and_test(group)
@@ -352,43 +278,6 @@ def _draw_group(
     ax.fill_between(
         epochs, mean - deviation, mean + deviation, color=color, alpha=alpha, linewidth=0
     )
-
-
-def write_picture(path: Path, figure: Figure) -> None:
-    """Write a PNG file, whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    replace_file(path, FigureCanvasAgg(figure).print_png)
-
-
-def _check_output(path: Path) -> None:
-    """Refuse a picture that cannot be written, without touching anything."""
-    if path.is_dir():
-        raise _Refused(f"cannot write {path}: it is a directory")
-    if not path.parent.is_dir():
-        raise _Refused(f"cannot write {path}: {path.parent} is not a directory")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise _Refused(f"cannot write {path}: no permission to write in {path.parent}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("compare_runs.py", "[options] DIR...", __doc__, EXAMPLES)
-    add = parser.add_argument
-    add("directories", type=Path, nargs="+", metavar="DIR", help="with runs at or below it")
-    add(
-        "--output",
-        type=_png,
-        default="compare.png",
-        metavar="FILE",
-        help="the picture to write, a .png file (default: %(default)s)",
-    )
-    return parser
-
-
-def _png(text: str) -> Path:
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
-    return Path(text)
 
 
 if __name__ == "__main__":

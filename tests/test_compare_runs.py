@@ -5,8 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,44 +14,9 @@ from PIL import Image
 
 import compare_runs
 from cifar import recipes
+from made_runs import make_run
 
 pytestmark = pytest.mark.filterwarnings("error")
-SCRIPT = Path(compare_runs.__file__)
-
-
-def make_run(directory: Path, *, epochs=4, done=None, test_accuracy=None, **changed) -> Path:
-    """A run as train_cifar.py leaves it, finished if it has a test accuracy."""
-    arguments = {
-        "dataset": "digits",
-        "model": "resnet20",
-        "optimizer": "adamsrt",
-        "epochs": epochs,
-        "batch_size": 32,
-        "learning_rate": 0.001,
-        "weight_decay": 7.8125e-06,
-        "precision": "float32",
-        "seed": 0,
-    } | changed
-    rng = np.random.default_rng(arguments["seed"])
-    lines = [
-        {
-            "epoch": epoch,
-            "learning_rate": 0.001,
-            "train_loss": 2 / epoch + rng.random() / 10,
-            "train_accuracy": 0.5,
-            "valid_loss": 1.0,
-            "valid_accuracy": 0.9 - 0.5 / epoch + rng.random() / 10,
-            "images_per_second": 100.0,
-        }
-        for epoch in range(1, (epochs if done is None else done) + 1)
-    ]
-    directory.mkdir(parents=True)
-    (directory / "arguments.json").write_text(json.dumps(arguments))
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    if test_accuracy is not None:
-        summary = {"test_accuracy": test_accuracy, "arguments": arguments}
-        (directory / "summary.json").write_text(json.dumps(summary, indent=2))
-    return directory
 
 
 def column(directory: Path, key: str) -> list[float]:
@@ -218,6 +181,14 @@ def test_labels_name_what_differs(tmp_path):
     )
 
 
+def test_watching_the_geometry_does_not_change_a_run(tmp_path):
+    make_run(tmp_path / "old")  # of a time when --geometry was not there
+    for seed, geometry in ((1, True), (2, False)):
+        make_run(tmp_path / f"{seed}", seed=seed, geometry=geometry)
+    assert labels_of(tmp_path) == ["adamsrt (n = 3, 3 unfinished)"]
+    assert "geometry" not in compare_runs.title(groups_of(tmp_path))
+
+
 def test_of_the_same_run_twice_the_finished_one_counts(tmp_path, capsys):
     cut = make_run(tmp_path / "cut", done=2)
     whole = make_run(tmp_path / "whole", test_accuracy=0.5)
@@ -360,35 +331,3 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     refused([again], f"cannot read {again / 'metrics.jsonl'}: Is a directory")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     refused([run], f"no permission to write in {tmp_path}")
-
-
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
-    run, output = make_run(tmp_path / "run"), tmp_path / "compare.png"
-    output.write_bytes(b"the old picture")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    assert compare_runs.main([str(run), "--output", str(output)]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "No space left on device" in err
-    assert output.read_bytes() == b"the old picture"
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "compare.png"}
-
-
-def test_the_command_does_not_start_jax(tmp_path):
-    make_run(tmp_path / "run")
-    program = (
-        "import sys, compare_runs\n"
-        "try: compare_runs.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "assert compare_runs.main(sys.argv[1:]) == 0\n"
-        "sys.exit('jax' in sys.modules)"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "run")]
-    command += ["--output", str(tmp_path / "compare.png")]
-    done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "examples:" in done.stdout and "(default: compare.png)" in done.stdout

@@ -1,0 +1,202 @@
+"""What the commands that draw runs share: how they read runs, name them, and write a picture."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cifar.command import make_parser
+from cifar.files import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ARGUMENTS, METRICS = "arguments.json", "metrics.jsonl"  # of a run
+SETTING = ("dataset", "model", "optimizer")
+OWN = ("learning_rate", "weight_decay")  # every optimizer's recipe has its own
+ASIDE = ("seeds", "seeds_at_once", "geometry")  # these do not change a run
+
+Arguments = dict[str, Any]
+Run = TypeVar("Run")
+
+
+class Refused(Exception):
+    """The runs cannot be drawn as asked; the message says why."""
+
+
+def outcome(prog: str, command: Callable[[], object]) -> int:
+    """Run a command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
+    try:
+        command()
+        return 0
+    except Refused as error:
+        code, message = 2, f"error: {error}"
+    except ModuleNotFoundError as error:
+        code, message = 2, f"error: {error}; install it with: pip install -e '.[examples]'"
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        code, message = 1, f"error: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    print(f"{prog}: {message}", file=sys.stderr)
+    return code
+
+
+def make_drawing_parser(
+    prog: str, description: str | None, epilog: str, picture: str
+) -> argparse.ArgumentParser:
+    """A parser of directories with runs, and of the picture to write, by default `picture`."""
+    parser = make_parser(prog, "[options] DIR...", description, epilog)
+    parser.add_argument(
+        "directories", type=Path, nargs="+", metavar="DIR", help="with runs at or below it"
+    )
+    parser.add_argument(
+        "--output",
+        type=_png,
+        default=picture,
+        metavar="FILE",
+        help="the picture to write, a .png file (default: %(default)s)",
+    )
+    return parser
+
+
+def _png(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return Path(text)
+
+
+def check_output(path: Path) -> None:
+    """Refuse a picture that cannot be written, without touching anything."""
+    if path.is_dir():
+        raise Refused(f"cannot write {path}: it is a directory")
+    if not path.parent.is_dir():
+        raise Refused(f"cannot write {path}: {path.parent} is not a directory")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise Refused(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def write_picture(path: Path, figure: Figure) -> None:
+    """Write a PNG file, whole or not at all."""
+    # Imported here, so that --help and a refusal do not wait for it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    replace_file(path, FigureCanvasAgg(figure).print_png)
+
+
+def read_runs(directories: Sequence[Path], read: Callable[[Path], Run | None]) -> list[Run]:
+    """Every run at or below the directories, in their order and each once, as `read` gives it.
+
+    One for which it gives None has not finished an epoch, and is left out with a message.
+
+    Raises:
+      Refused: for a directory without a run, or no finished epoch at all.
+    """
+    paths: dict[Path, Path] = {}
+    for directory in directories:
+        if not directory.is_dir():
+            raise Refused(f"no such directory: {directory}")
+        below = [metrics.parent for metrics in sorted(directory.rglob(METRICS))]
+        found = [path for path in below if (path / ARGUMENTS).is_file()]
+        if not found:
+            raise Refused(f"no run (with {ARGUMENTS} and {METRICS}) at or below {directory}")
+        paths |= {path.resolve(): path for path in found}
+    runs = {path: read(path) for path in paths.values()}
+    for path, run in runs.items():
+        if run is None:
+            print(f"{path} has not finished an epoch: left out.", file=sys.stderr)
+    started = [run for run in runs.values() if run is not None]
+    if not started:
+        raise Refused("no run has finished an epoch")
+    return started
+
+
+def read_arguments(directory: Path) -> Arguments:
+    """What decides the outcome of a run."""
+    path = directory / ARGUMENTS
+    arguments = read_object(path)
+    for key in (*SETTING, "epochs", "seed", *arguments):
+        if not isinstance(arguments.get(key, []), str | int | float | None):
+            raise Refused(f"{path}: damaged, {key} is missing or no plain value")
+    return {key: value for key, value in arguments.items() if key not in ASIDE}
+
+
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that has one for each epoch, from the first on."""
+    *lines, last = _text(path).split("\n")
+    epochs = [_object(path, text, line) for line, text in enumerate(lines, 1)]
+    with contextlib.suppress(Refused):  # the last line may be torn: of a run under way, or killed
+        epochs.append(_object(path, last))
+    for line, epoch in enumerate(epochs, 1):
+        if epoch.get("epoch") != line:
+            raise Refused(f"{path}, line {line}: damaged, it is not of epoch {line}")
+    return epochs
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that is a file."""
+    return _object(path, _text(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise Refused(f"cannot read {path}: {error.strerror}") from error
+
+
+def _object(path: Path, text: str, first_line: int = 1) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise Refused(f"{path}, line {line}: damaged, not JSON ({error.msg})") from error
+    if not isinstance(value, dict):
+        raise Refused(f"{path}, line {first_line}: damaged, not a JSON object")
+    return value
+
+
+def check_number(place: str, values: dict[str, Any], key: str, most: float) -> None:
+    """Refuse what is no number from 0 to `most`: 1, or the largest there is."""
+    value = values.get(key)
+    if not isinstance(value, int | float) or not 0 <= value <= most:  # NaN is in no range
+        range_ = "from 0 to 1" if most == 1 else "from 0"
+        raise Refused(f"{place}: damaged, {key} is not a finite number {range_}")
+
+
+def differing(runs: Sequence[Arguments]) -> list[str]:
+    """The arguments that are not the same in all runs."""
+    keys = dict.fromkeys(key for arguments in runs for key in arguments)
+    return [key for key in keys if len({arguments.get(key) for arguments in runs}) > 1]
+
+
+def name_common(runs: Sequence[Arguments]) -> str:
+    """What all the runs have in common."""
+    arguments, different = runs[0], differing(runs)
+    setting = [str(arguments[key]) for key in ("model", "dataset") if key not in different]
+    common = [key for key in arguments if key not in (*SETTING, *different)]
+    return ", ".join([*filter(None, [" on ".join(setting)]), *_named(arguments, common)])
+
+
+def name_run(arguments: Arguments, runs: Sequence[Arguments]) -> str:
+    """The optimizer, and what else tells a run from the others.
+
+    Learning rate and weight decay are named only where they differ for the same optimizer in the
+    same setting: between optimizers they differ by the recipes.
+    """
+    alike = [other for other in runs if all(other[k] == arguments[k] for k in SETTING)]
+    keys = [key for key in differing(runs) if key not in ("optimizer", *OWN)]
+    keys += [key for key in differing(alike) if key in OWN]
+    return ", ".join([str(arguments["optimizer"]), *_named(arguments, keys)])
+
+
+def _named(arguments: Arguments, keys: Sequence[str]) -> list[str]:
+    return [f"{key} {arguments.get(key)}" for key in keys]

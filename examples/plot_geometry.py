@@ -1,0 +1,340 @@
+"""Draw what training did on the spheres: one column for each run, one row for each measure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cifar import recipes
+from cifar.command import one_of, several
+from cifar.run_pictures import (
+    ARGUMENTS,
+    METRICS,
+    Arguments,
+    Refused,
+    check_number,
+    check_output,
+    make_drawing_parser,
+    name_common,
+    name_run,
+    outcome,
+    read_arguments,
+    read_epochs,
+    read_runs,
+    write_picture,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXAMPLES = """\
+A run is a directory that train_cifar.py --geometry wrote, finished or not. Each line is a layer:
+the mean over its groups and over the steps of an epoch, the darker the nearer to the input.
+
+Beside the angle per step stands the one that is predicted for random gradients at the epoch's
+learning rate, once weight decay and steps keep the radius in balance. It takes adamw some
+1/(2 rate decay) steps to come near it, sgdmrt 1/(4 rate decay), and sgd (1 - momentum) of that.
+There is none for adam, adams and adamsrt, whose balance depends on the size of the gradients, nor
+for adamg, which has no decay on spheres.
+
+examples:
+  python examples/plot_geometry.py runs/sgd runs/sgdmrt runs/adam runs/adamsrt
+  python examples/plot_geometry.py runs/three_seeds --measures effective_learning_rate,angle
+"""
+GEOMETRY = "geometry.jsonl"  # of a run
+MOST = 10  # columns
+
+COLORMAP, LIGHTEST = "viridis", 0.88  # of its range; beyond, it is too pale on white
+MEAN = {"color": "black", "linewidth": 2.0}
+PREDICTED = {"color": "#f16913", "linewidth": 1.6, "linestyle": (0, (4, 1.6))}
+
+
+class Measure(NamedTuple):
+    """How a row is drawn."""
+
+    label: str
+    log: bool = True  # where the figures differ by a factor of 10
+    unit: float = 1.0  # what the recorded figures are multiplied by
+
+
+MEASURES = {  # by their names in geometry.jsonl
+    "effective_learning_rate": Measure("effective\nlearning rate"),
+    "angle": Measure("angle per step\n(rad)"),
+    "radius": Measure("radius"),
+    "momentum_radial_fraction": Measure("radial fraction\nof the momentum"),
+    "deformation": Measure("deformation\n(degrees)", log=False, unit=180 / np.pi),
+    "radial_fraction": Measure("radial fraction\nof the step"),
+}
+OF_MOMENTUM = "momentum_radial_fraction"  # missing where the optimizer has no single momentum
+DEFAULT = tuple(name for name in MEASURES if name != "radial_fraction")
+
+
+class Run(NamedTuple):
+    """One seed's training; curves are by epoch, NaN where a measure was not finite."""
+
+    directory: Path
+    arguments: Arguments
+    layers: list[str]  # in the network's order
+    curves: dict[str, dict[str, np.ndarray]]  # by measure and layer
+    predicted: np.ndarray | None  # angle per step, by epoch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    return outcome(parser.prog, lambda: _plot(args))
+
+
+def _plot(args: argparse.Namespace) -> None:
+    check_output(args.output)
+    runs = find_runs(args.directories)
+    if len(runs) > MOST:
+        raise Refused(f"{len(runs)} runs are too many to be read side by side: name up to {MOST}")
+    write_picture(args.output, draw(runs, args.measures))
+    count = "1 run is" if len(runs) == 1 else f"{len(runs)} runs are"
+    print(f"The curves of {count} in {args.output}.", flush=True)
+
+
+def equilibrium_angle(
+    optimizer: str, recipe: recipes.Recipe, learning_rate: np.ndarray | float
+) -> np.ndarray | None:
+    """The angle per step at which weight decay and steps keep a sphere's radius in balance.
+
+        adamw     sqrt(2 η λ (1 - b1) / (1 + b1))
+        sgd       sqrt(2 η λ / (1 + μ))
+        sgdmrt    sqrt(2 η λ)
+
+    The balance is between the radius' shrinking by decay and its growth by tangent steps:
+    per step 2 η λ r² against |step|² for `sgdmrt`, whose buffer keeps of its past only tangent
+    parts, so that its momentum μ has no say. With the momenta that are not transported, successive
+    steps add up, and so does the decay in `sgd`'s buffer. The first two lines hold for gradients
+    that are independent from step to step, the third for any.
+
+    Args:
+      optimizer: one of `recipes.OPTIMIZERS`.
+      recipe: with its weight decay λ, and b1 or momentum μ.
+      learning_rate: η, any shape.
+
+    Returns:
+      Radians in the shape of η; None without decay, and where the balance depends on the size of
+      the gradients (`adam`, `adams`, `adamsrt`) or is none (`adamg`).
+
+    Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), for the first two.
+    """
+    match optimizer:
+        case "adamw":
+            share = (1 - recipe.b1) / (1 + recipe.b1)
+        case "sgd":
+            share = 1 / (1 + recipe.momentum)
+        case "sgdmrt":
+            share = 1.0
+        case _:
+            return None
+    if recipe.weight_decay == 0:
+        return None
+    return np.sqrt(2 * np.asarray(learning_rate) * recipe.weight_decay * share)
+
+
+def find_runs(directories: Sequence[Path]) -> list[Run]:
+    """Every run at or below the directories, in their order and each once.
+
+    A run without a finished epoch is left out, with a message.
+
+    Raises:
+      Refused: for a directory without a run, a run without geometry.jsonl, a damaged file, or no
+        finished epoch at all.
+    """
+    return read_runs(directories, _read_run)
+
+
+def _read_run(directory: Path) -> Run | None:
+    arguments, place = read_arguments(directory), str(directory / ARGUMENTS)
+    for key, known in (("model", recipes.MODELS), ("optimizer", recipes.OPTIMIZERS)):
+        if arguments[key] not in known:
+            raise Refused(f"{place}: damaged, unknown {key} {arguments[key]!r}")
+    check_number(place, arguments, "weight_decay", sys.float_info.max)
+    path = directory / GEOMETRY
+    if not path.exists():
+        raise Refused(f"{directory} was made without --geometry: it has no {GEOMETRY}")
+    metrics, measured = read_epochs(directory / METRICS), read_epochs(path)
+    for line, epoch in enumerate(metrics, 1):
+        place = f"{directory / METRICS}, line {line}"
+        check_number(place, epoch, "learning_rate", sys.float_info.max)
+    epochs = min(len(metrics), len(measured))  # a run under way may have written one of the two
+    if epochs == 0:
+        return None
+
+    end = "/angle/mean"
+    layers = [key.removesuffix(end) for key in measured[0] if key.endswith(end)]
+    layers.sort(key=_depth)
+    if not layers:
+        raise Refused(f"{path}, line 1: damaged, it measures no layer")
+    curves: dict[str, dict[str, np.ndarray]] = {}
+    for measure, drawn in MEASURES.items():
+        for layer in layers:
+            key = f"{layer}/{measure}/mean"
+            if measure != OF_MOMENTUM or key in measured[0]:
+                curve = [_figure(path, line, e, key) for line, e in enumerate(measured, 1)]
+                curves.setdefault(measure, {})[layer] = drawn.unit * np.array(curve[:epochs])
+    setting = (str(arguments[key]) for key in ("dataset", "model", "optimizer"))
+    recipe = recipes.recipe(*setting)[0]._replace(weight_decay=arguments["weight_decay"])
+    rates = np.array([epoch["learning_rate"] for epoch in metrics[:epochs]])
+    predicted = equilibrium_angle(arguments["optimizer"], recipe, rates)
+    return Run(directory, arguments, layers, curves, predicted)
+
+
+def _depth(layer: str) -> tuple[int, list[tuple[int, str]]]:
+    """Sorts the layers of the networks of `models` from the first to the last.
+
+    The file has them as text: 10 before 2, and `conv1`, the first, after all `blocks`.
+    """
+    parts = layer.split("/")
+    return len(parts), [(int(p) if p.isdecimal() else -1, p) for p in parts]
+
+
+def _figure(path: Path, line: int, epoch: dict[str, Any], key: str) -> float:
+    value = epoch.get(key, "")
+    if value is None:
+        return np.nan
+    if not isinstance(value, int | float):
+        raise Refused(f"{path}, line {line}: damaged, {key} is not a number")
+    return value if np.isfinite(value) else np.nan
+
+
+def titles(runs: Sequence[Run]) -> list[str]:
+    """For each run the optimizer and what else tells it from the others."""
+    arguments = [run.arguments for run in runs]
+    names = [name_run(own, arguments) for own in arguments]
+    return [
+        f"{name}, {run.directory}" if names.count(name) > 1 else name
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def _wrap(text: str, width: int) -> str:
+    """Break a list at its commas."""
+    glued = text.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
+    return textwrap.fill(glued, width).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def draw(runs: Sequence[Run], measures: Sequence[str] = DEFAULT) -> Figure:
+    """Draw the measures, each in a row, of the runs, each in a column."""
+    # Imported here, so that --help and a refusal do not wait for it.
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # Narrow columns, so that several remain readable in the width of a page.
+    column = {1: 4.0, 2: 3.0, 3: 2.5, 4: 2.2}.get(len(runs), 2.0)  # inches
+    width = column * len(runs) + 1.0
+    shared = _wrap(name_common([run.arguments for run in runs]), int(12 * width))
+    headings = [_wrap(title, int(11 * column)) for title in titles(runs)]
+    more_lines = shared.count("\n") + max(heading.count("\n") for heading in headings)
+    height = 1.9 * len(measures) + 1.1 + 0.17 * more_lines
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.suptitle(shared, fontsize="medium", parse_math=False)
+    axes = figure.subplots(len(measures), len(runs), sharex=True, sharey="row", squeeze=False)
+    depths = ListedColormap(colormaps[COLORMAP](np.linspace(0, LIGHTEST, 256)))
+    for row, measure in zip(axes, measures, strict=True):
+        for ax, run in zip(row, runs, strict=True):
+            _draw_layers(ax, run, measure, depths)
+        _scale(row, MEASURES[measure])
+    for ax, heading in zip(axes[0], headings, strict=True):
+        ax.set_title(heading, fontsize="medium").set_parse_math(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+
+    figure.align_ylabels(axes[:, 0])
+    _add_legend(figure, runs, "angle" in measures, depths)
+    return figure
+
+
+def _draw_layers(ax: Any, run: Run, measure: str, depths: Any) -> None:
+    """Draw one panel."""
+    from matplotlib.patheffects import Normal, Stroke
+
+    if measure not in run.curves:
+        note = "not measured:\nthe optimizer has no\nsingle momentum"
+        ax.text(0.5, 0.5, note, ha="center", va="center", transform=ax.transAxes, fontsize="small")
+        return
+    curves = run.curves[measure]
+    epochs = np.arange(1, 1 + len(next(iter(curves.values()))))
+    mark = {"marker": "." if len(epochs) == 1 else ""}  # a line through one point is invisible
+    for layer, curve in curves.items():
+        depth = run.layers.index(layer) / max(1, len(run.layers) - 1)
+        ax.plot(epochs, curve, color=depths(depth), linewidth=0.8, label=layer, **mark)
+    if measure == "angle":
+        halo = [Stroke(linewidth=3.2, foreground="white"), Normal()]
+        mean = np.mean(list(curves.values()), axis=0)
+        ax.plot(epochs, mean, label="mean", path_effects=halo, **MEAN, **mark)
+        if run.predicted is not None:
+            steps = {"drawstyle": "steps-mid", "label": "predicted"}
+            ax.plot(epochs, run.predicted, **steps, **PREDICTED, **mark)
+
+
+def _scale(row: Sequence[Any], measure: Measure) -> None:
+    """Set the scale that a row shares."""
+    row[0].set_ylabel(measure.label)
+    drawn = np.concatenate([line.get_ydata() for ax in row for line in ax.lines] or [[]])
+    positive = drawn[drawn > 0]
+    if drawn.size == 0:
+        row[0].set_yticks([])
+    elif measure.log and positive.size and positive.max() > 10 * positive.min():
+        row[0].set_yscale("log", nonpositive="mask")
+    elif not measure.log:
+        row[0].set_ylim(bottom=0)
+
+
+def _add_legend(figure: Figure, runs: Sequence[Run], angles: bool, depths: Any) -> None:
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.lines import Line2D
+
+    ends = {(run.layers[0], run.layers[-1]) for run in runs}
+    first, last = (f" ({name})" for name in ends.pop()) if len(ends) == 1 else ("", "")
+    bar = tuple(Line2D([], [], color=depths(i / 11), linewidth=5) for i in range(12))
+    entries: dict[str, Any] = {f"layers, from the first{first} to the last{last}": bar}
+    if angles:
+        entries["mean over the layers"] = Line2D([], [], **MEAN)
+        if any(run.predicted is not None for run in runs):
+            entries["predicted equilibrium"] = Line2D([], [], **PREDICTED)
+    in_one_row = sum(map(len, entries)) + 12 * len(entries) < 14 * figure.get_figwidth()
+    legend = figure.legend(
+        list(entries.values()),
+        [textwrap.fill(text, int(11 * figure.get_figwidth())) for text in entries],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        loc="outside lower center",
+        ncols=len(entries) if in_one_row else 1,
+        fontsize="small",
+        frameon=False,
+        handlelength=5,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_drawing_parser("plot_geometry.py", __doc__, EXAMPLES, "geometry.png")
+    parser.add_argument(
+        "--measures",
+        type=partial(several, partial(one_of, tuple(MEASURES))),
+        default=",".join(DEFAULT),
+        metavar="A,B,...",
+        help=f"the rows, of {', '.join(MEASURES)} (default: all but radial_fraction)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
