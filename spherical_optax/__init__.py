@@ -22,6 +22,11 @@ from spherical_optax._groups import (
     group_inner,
     group_norm,
 )
+from spherical_optax._invariance import (
+    InvariantGroups,
+    check_selection,
+    find_invariant_groups,
+)
 from spherical_optax._measures import (
     angle_per_step,
     deformation,
@@ -48,6 +53,7 @@ from spherical_optax._with_geometry import (
 __version__ = _version("spherical-optax")
 
 __all__ = [
+    "InvariantGroups",
     "ReprojectToSphereState",
     "WithGeometryState",
     "adam_g",
@@ -56,10 +62,12 @@ __all__ = [
     "angle",
     "angle_per_step",
     "by_path",
+    "check_selection",
     "deformation",
     "describe",
     "effective_learning_rate",
     "exp_map",
+    "find_invariant_groups",
     "geometry",
     "group_inner",
     "group_norm",

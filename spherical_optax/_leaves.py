@@ -52,19 +52,25 @@ def map_leaves(
 
 
 def map_groups(
-    fn: Callable[..., Any], channel_axes: ChannelAxes, tree: optax.Params, **others: optax.Params
+    fn: Callable[..., Any],
+    channel_axes: ChannelAxes,
+    tree: optax.Params,
+    *,
+    broadcast: str | None = None,
+    **others: optax.Params,
 ) -> Any:
     """Calls `fn(axes, leaf, *others)` for each spherical leaf; returns the tree of its results.
 
-    `fn` works in the dtype of the leaf, or in float32 if that is narrower; the others broadcast to
-    its shape. Positions without a spherical leaf are `None` in the result.
+    `fn` works in the dtype of the leaf, or in float32 if that is narrower, on arrays of one shape,
+    to which those of the tree named `broadcast` are broadcast. Positions without a spherical leaf
+    are `None` in the result.
 
     Raises:
       ValueError: the trees differ; the message names the first such path.
     """
     leaves = select(tree, channel_axes)
     columns = [
-        _aligned(leaves, other, "the tree that is measured", f"`{name}`")
+        _aligned(leaves, other, "the parameters", f"`{name}`", exact=name != broadcast)
         for name, other in others.items()
     ]
     results = []

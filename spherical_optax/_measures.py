@@ -196,7 +196,9 @@ def effective_learning_rate(
 
     if jax.tree_util.all_leaves([division]) and not getattr(division, "shape", ()):
         division = jax.tree.map(lambda _: division, params)
-    return map_groups(rate, channel_axes, params, momentum=momentum, division=division)
+    return map_groups(
+        rate, channel_axes, params, broadcast="division", momentum=momentum, division=division
+    )
 
 
 # The same on the widened arrays of one leaf: x, the point; s, the step; g, the gradient.
@@ -222,5 +224,6 @@ def deformed(axes: tuple[int, ...], x: jax.Array, s: jax.Array, g: jax.Array) ->
 
 def observed_rate(axes: tuple[int, ...], x: jax.Array, s: jax.Array, g: jax.Array) -> jax.Array:
     """`tan θ / (r |P_x(g)|)`: how far the step turns x per length of the gradient at u = x/r."""
-    square = inner(x, x, axes) * (1 + radial_share(s, x, axes))
-    return divide_or(norm(tangent(x, s, axes), axes), square * norm(tangent(x, g, axes), axes), 0.0)
+    of_gradient = inner(x, x, axes) * norm(tangent(x, g, axes), axes)
+    plain = divide_or(norm(tangent(x, s, axes), axes), of_gradient, 0.0)
+    return plain / (1 + radial_share(s, x, axes))

@@ -124,7 +124,8 @@ def describe(params: optax.Params, channel_axes: ChannelAxes) -> str:
       channel_axes: the selection.
 
     Returns:
-      A line for each leaf: path, shape, and groups × dimension or "classic".
+      A line for each leaf: path, shape, and groups × dimension or "classic"; with a selection from
+      `find_invariant_groups`, what it measured too.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> params = {"conv": jnp.ones((3, 3, 8, 16)), "bias": jnp.ones(16)}
@@ -133,16 +134,20 @@ def describe(params: optax.Params, channel_axes: ChannelAxes) -> str:
     bias  16        classic
     conv  3×3×8×16  16 × 72
     """
-    rows = [("path", "shape", "groups × dimension")]
+    # By name, because `find_invariant_groups` stands above this file and uses it.
+    evidence = getattr(channel_axes, "evidence", None)
+    rows = [("path", "shape", "groups × dimension", "measured" if evidence else "")]
     for leaf in select(params, channel_axes):
         if leaf.skipped:
             continue
         shape = getattr(leaf.value, "shape", ())
         size = group_size(shape, leaf.axes)
         groups = f"{math.prod(shape) // size} × {size}" if leaf.axes else "classic"
-        rows.append((leaf.path, "×".join(map(str, shape)) or "scalar", groups))
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
+        measured = evidence(leaf.path) if evidence else ""
+        rows.append((leaf.path, "×".join(map(str, shape)) or "scalar", groups, measured))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 class Leaf(NamedTuple):

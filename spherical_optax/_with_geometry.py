@@ -14,7 +14,6 @@ from spherical_optax._leaves import need_params
 from spherical_optax._measures import deformed, observed_rate, radial_part, turned
 from spherical_optax._selection import ChannelAxes, is_hole, named_leaves, select
 
-
 # The rows and columns of the state's arrays; the last row only where there is one momentum.
 MEASURES = (
     "angle",
@@ -65,7 +64,7 @@ def with_geometry(
       The optimizer with a state around its own, whose tree never changes.
 
     Raises:
-      ValueError: `every` is below 1, or `update` is called without parameters.
+      ValueError: `every` is below 1, or `update` is called without the parameters or with others.
 
     References:
       Roburin et al., Neurocomputing 2022 (arXiv 2006.13382): effective learning rate and direction.
@@ -91,7 +90,8 @@ def with_geometry(
             if leaf.axes:
                 rows = len(MEASURES) - (leaf.path not in momenta)
                 leaves[leaf.path] = jnp.zeros((rows, len(STATISTICS)), widen(leaf.value).dtype)
-        if not named_leaves(params) and params:
+        childless = not jax.tree_util.treedef_children(jax.tree.structure(params))
+        if not named_leaves(params) and childless and params:
             # A stand-in of optax.tree.map_params: one leaf for all that is no parameter.
             leaves = jnp.zeros(())
         return WithGeometryState(inner_state, jnp.zeros((), jnp.int32), leaves)
@@ -106,14 +106,18 @@ def with_geometry(
         steps, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
 
         def measure() -> dict[str, jax.Array]:
-            points, grads, moves = (
-                dict(named_leaves(tree)) for tree in (params, updates, steps)
-            )
+            points, grads, moves = (dict(named_leaves(tree)) for tree in (params, updates, steps))
             momenta = _momenta(inner_state)
             measured = dict(state.leaves)
             for leaf in select(updates, channel_axes):
                 path, old = leaf.path, state.leaves.get(leaf.path)
                 if leaf.axes and old is not None:
+                    shape = getattr(points.get(path), "shape", None)
+                    if shape != leaf.value.shape:
+                        raise ValueError(
+                            f"{path}: {leaf.value.shape} in the updates but {shape} in the "
+                            "parameters; pass trees of the same structure and shapes"
+                        )
                     momentum = momenta.get(path) if len(old) == len(MEASURES) else None
                     arrays = points[path], grads[path], moves[path], momentum
                     measured[path] = _measure(leaf.axes, *arrays).astype(old.dtype)
@@ -164,7 +168,7 @@ def geometry(state: optax.OptState) -> dict[str, jax.Array]:
             "state of an optimizer wrapped as so.with_geometry(optimizer, channel_axes=...)"
         )
     return {
-        f"{path}/{measure}/{statistic}": figures[..., row, column]
+        "/".join(filter(None, (path, measure, statistic))): figures[..., row, column]
         for path, figures in found[0].leaves.items()
         for row, measure in enumerate(MEASURES[: figures.shape[-2]])
         for column, statistic in enumerate(STATISTICS)

@@ -75,5 +75,6 @@ def test_the_library_imports_jax_and_optax_only():
 
 
 STANDARD_LIBRARY = {
-    "__future__", "collections", "importlib", "math", "operator", "re", "typing"
+    "__future__", "collections", "importlib", "math", "operator", "re", "typing",
+    "warnings"
 }  # fmt: skip

@@ -100,6 +100,22 @@ def test_describe():
     ]
 
 
+def test_describe_shows_the_evidence_of_a_selection_that_has_some():
+    class Measured:
+        def __call__(self, path, leaf):
+            return -1 if path == "w" else None
+
+        def evidence(self, path):
+            return f"of {path}"
+
+    params = {"w": jnp.ones((3, 4)), "scale": jnp.ones(4), "none": None}
+    assert so.describe(params, Measured()).splitlines() == [
+        "path   shape  groups × dimension  measured",
+        "scale  4      classic             of scale",
+        "w      3×4    4 × 3               of w",
+    ]
+
+
 def test_a_rule_without_a_leaf_is_refused_and_the_paths_are_listed():
     axes = so.by_path({"conv": -1, "shortcut": -1})
     for use in (so.adam_srt(0.1, channel_axes=axes).init, so.path_mask(axes), so.path_labels(axes)):

@@ -185,7 +185,7 @@ def _after_batches(progress: Progress, batches: Batch, trainer: Trainer, began: 
             f"the training loss is {losses[step, seed]} at step {progress.step + step + 1} "
             f"of epoch {progress.epoch}"
         )
-    measured = batches.geometry.reshape(*losses.shape, len(trainer.figures))
+    measured = np.asarray(batches.geometry).reshape(*losses.shape, len(trainer.figures))
     seconds = time.perf_counter() - began
     loss_sums = size * losses.sum(axis=0, dtype=np.float64)
     return progress._replace(

@@ -1,0 +1,186 @@
+"""What `geometry` reads of a watched optimizer: the plain measures, wherever the optimizer is."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import spherical_optax as so
+from watched import AXES, CLOSE, GRADS, PARAMS, figures, history, random_tree, stack, watch
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+SGD = optax.sgd(0.1, 0.9)
+WATCHED = watch(SGD)  # once, as each is compiled
+
+
+def by_path(tree):
+    return {"conv": tree["conv"], "layers/stack": tree["layers"]["stack"]}
+
+
+@jax.jit
+@jax.vmap
+def expected_figures(x, g, s, momentum):
+    """The same figures by the plain functions, in float32 at least."""
+    x, g, s, momentum = jax.tree.map(lambda a: a + jnp.zeros((), "float32"), (x, g, s, momentum))
+    of = {"channel_axes": AXES}
+    measures = {
+        "angle": so.angle_per_step(x, s, **of),
+        "radius": so.radius(x, **of),
+        "radial_fraction": so.radial_fraction(x, s, **of),
+        "deformation": so.deformation(x, s, g, **of),
+    }
+    if momentum is not None:
+        measures["momentum_radial_fraction"] = so.radial_fraction(x, momentum, **of)
+    measures = {name: by_path(tree) for name, tree in measures.items()}
+    # tan θ per length of the gradient on the unit sphere.
+    points, grads = by_path(x), by_path(g)
+    measures["effective_learning_rate"] = {
+        path: jnp.tan(measures["angle"][path])
+        / measures["radius"][path]
+        / so.group_norm(
+            so.project_to_tangent(points[path], grads[path], channel_axes=axes), channel_axes=axes
+        )
+        for path, axes in (("conv", -1), ("layers/stack", (0, -1)))
+    }
+    return {
+        f"{path}/{measure}/{statistic}": getattr(jnp, statistic)(values)
+        for measure, paths in measures.items()
+        for path, values in paths.items()
+        for statistic in ("mean", "min", "max")
+    }
+
+
+# An optimizer, and the name of its momentum.
+OPTIMIZERS = {
+    "adamw": (optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=0.1), "mu"),
+    "sgd": (optax.chain(optax.add_decayed_weights(0.1), SGD), "trace"),
+    "muon": (optax.contrib.muon(0.1), None),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_figures_are_the_plain_functions_over_the_groups(name):
+    check_figures(*OPTIMIZERS[name], "float32")
+
+
+def test_half_precision_is_measured_in_float32():
+    check_figures(so.adam_srt(0.1, weight_decay=0.1, channel_axes=AXES), "mu", "bfloat16")
+
+
+def check_figures(tx, momentum, dtype):
+    tx, (params, *grads) = watch(tx), [random_tree(seed, dtype) for seed in range(6)]
+    x, g, s, state = history(tx, params, grads)
+    expected = expected_figures(x, g, s, momentum and optax.tree.get(state, momentum))
+    measured = figures(tx, params, grads)
+    assert measured.keys() == expected.keys()
+    for name, figure in measured.items():
+        assert figure.shape == (5,) and figure.dtype == "float32"
+        assert np.any(figure > 0)
+        # Angles of two rounded directions have float32's absolute error, and the rate is of a
+        # tangent, which is steep where a step turns by some 90 degrees.
+        rtol = 1e-3 if "rate" in name else 2e-5
+        np.testing.assert_allclose(figure, expected[name], rtol=rtol, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_rate_of_sgd_is_that_of_the_table(decay):
+    tx = watch(optax.chain(optax.add_decayed_weights(decay), optax.sgd(0.1)))
+
+    @jax.jit
+    @jax.vmap
+    def expected_rates(x, g):
+        decayed = jax.tree.map(lambda g, x: g + decay * x, g, x)
+        return so.effective_learning_rate(0.1, x, decayed, 1.0, channel_axes=AXES)
+
+    with jax.enable_x64(True):
+        params, *grads = (random_tree(seed, "float64") for seed in range(3))
+        x, g, *_ = history(tx, params, grads)
+        measured = figures(tx, params, grads)
+        for path, rates in by_path(expected_rates(x, g)).items():
+            for statistic in ("mean", "min", "max"):
+                figure = measured[f"{path}/effective_learning_rate/{statistic}"]
+                assert figure.dtype == "float64"
+                expected = getattr(np, statistic)(rates.reshape(2, -1), axis=1)
+                np.testing.assert_allclose(figure, expected, rtol=1e-11)
+
+
+def test_the_figures_are_zero_at_first_and_stay_between_the_measured_updates():
+    each_step, tx = figures(WATCHED), watch(SGD, every=3)
+    before = jax.jit(lambda: so.geometry(tx.init(PARAMS)))()
+    assert before.keys() == each_step.keys() and not any(map(np.any, before.values()))
+    for name, measured in figures(tx).items():
+        expected = each_step[name][[0, 0, 0, 3, 3]]
+        np.testing.assert_allclose(measured, expected, **CLOSE)
+    # They do differ from step to step, by more than rounding.
+    assert np.all(np.diff(each_step["conv/radius/mean"]) > 1e-3)
+
+
+def test_vmapped_seeds_have_figures_of_their_own():
+    tx = watch(SGD, every=2)
+    seeds = [[random_tree(10 * seed + i) for i in range(4)] for seed in range(3)]
+    params, *grads = (stack(trees) for trees in zip(*seeds, strict=True))
+    state, update = jax.jit(jax.vmap(tx.init))(params), jax.jit(jax.vmap(tx.update))
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    measured = so.geometry(state)
+    for i, (first, *others) in enumerate(seeds):
+        for name, alone in figures(tx, first, others).items():
+            assert measured[name].shape == (3,)
+            np.testing.assert_allclose(measured[name][i], alone[-1], **CLOSE)
+
+
+def test_sharded_parameters_have_the_same_figures():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    specs = {
+        "bias": PartitionSpec("model"),
+        "conv": PartitionSpec(None, None, "data", "model"),
+        "layers": {"stack": PartitionSpec("model", "data", None)},
+    }
+
+    def shard(tree):
+        return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
+
+    tx = WATCHED
+    params = shard(PARAMS)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for g in GRADS[:2]:
+        updates, state = update(shard(g), state, params)
+        params = optax.apply_updates(params, updates)
+    expected = jax.tree.map(lambda figure: figure[1], figures(tx))
+    chex.assert_trees_all_close(jax.device_get(so.geometry(state)), expected, **CLOSE)
+
+
+@partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
+def injected(learning_rate):
+    return watch(optax.sgd(learning_rate, 0.9))
+
+
+COMPOSED = {
+    "chain": optax.chain(optax.clip_by_global_norm(1e9), WATCHED),
+    "masked": optax.masked(WATCHED, so.path_mask(AXES)),
+    "partition": optax.partition(
+        {"spherical": WATCHED, "classic": optax.sgd(0.1)}, so.path_labels(AXES)
+    ),
+    "inject_hyperparams": injected(learning_rate=0.1),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_inside_other_transformations_the_figures_are_the_same(name):
+    chex.assert_trees_all_close(figures(COMPOSED[name]), figures(WATCHED), **CLOSE)
+
+
+def test_accumulated_gradients_are_measured_once_per_step():
+    multi = optax.MultiSteps(WATCHED, every_k_schedule=2).gradient_transformation()
+    means = [jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[i : i + 2]) for i in (0, 2)]
+    alone = figures(WATCHED, grads=means)
+    for name, after in figures(multi, grads=GRADS[:4]).items():
+        first, second = alone[name]
+        np.testing.assert_allclose(after, [0, first, first, second], **CLOSE)

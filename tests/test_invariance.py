@@ -1,0 +1,376 @@
+"""Radial invariance as measured, against what the mathematics of small networks says."""
+
+import dataclasses
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import spherical_optax as so
+from cifar import models
+from tiny import Tiny
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(16, 6)), jnp.float32)
+IMAGES = jnp.asarray(RNG.normal(size=(8, 6, 6, 2)), jnp.float32)
+LABELS = jnp.arange(8) % 4
+SIGNS = jnp.asarray(RNG.choice([-1, 1], size=(16, 256)), jnp.float32)
+TOLERANCE = 1e-2
+
+
+def weights(*shape):
+    fan_in = np.prod(shape[:-1])
+    return jnp.asarray(RNG.normal(size=shape) / np.sqrt(fan_in), jnp.float32)
+
+
+def normalise(x, axes):
+    x = x - x.mean(axes, keepdims=True)
+    return x / jnp.sqrt((x**2).mean(axes, keepdims=True) + 1e-5)
+
+
+def convolve(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def batch_norm(p):
+    y = normalise(convolve(IMAGES, p["kernel"]) + p["bias_before"], (0, 1, 2))
+    y = jax.nn.relu(y * p["scale"] + p["bias"])
+    return jnp.tanh(normalise(convolve(y, p["kernel_1x1"]), (0, 1, 2))) @ p["head"]
+
+
+def instance_norm(p):
+    y = normalise(convolve(IMAGES, p["kernel"]), (1, 2))
+    return (y * jnp.arange(36).reshape(6, 6, 1) / 36).clip(0).mean((1, 2)) @ p["head"]
+
+
+def layer_norm(p):
+    return jnp.tanh(normalise(X @ p["kernel"], -1) * p["scale"]) @ p["head"]
+
+
+def group_norm(p):
+    y = normalise((X @ p["kernel"]).reshape(-1, 2, 4), -1)
+    z = normalise(jnp.einsum("ni,igc->ngc", X, p["by_group"]), -1)
+    return jnp.tanh(jnp.concatenate([y, z], -1).reshape(16, -1)) @ p["head"]
+
+
+def homogeneous(p):
+    y = jax.nn.relu(X @ p["first"]) @ p["second"]
+    return jnp.tanh(normalise(y, 0)) @ p["head"]
+
+
+def deep_relu(p):
+    y = X @ p["first"]
+    for kernel in p["kernels"]:
+        y = jax.nn.relu(y) @ kernel
+    return jnp.mean(y * SIGNS)  # the radial part of the gradient is this mean, which is small
+
+
+def dead(p):
+    off = jax.nn.relu(X @ p["off"] - 1e3)
+    return off @ p["after"] + jnp.sum(p["lengths"] ** 2)  # depends on lengths, not on directions
+
+
+def scanned(p):
+    def layer(y, kernel):
+        return y + jax.nn.relu(normalise(y @ kernel, 0)), None
+
+    return jax.lax.scan(layer, X, p["kernels"])[0] @ p["head"]
+
+
+def embedding(p):
+    tokens = jnp.arange(16) % 8
+    return jnp.tanh(normalise(p["table"][tokens], -1)) @ p["head"]
+
+
+ZOO = {
+    "batch_norm": (
+        batch_norm,
+        {
+            "kernel": weights(3, 3, 2, 4),
+            "bias_before": jnp.zeros(4),
+            "scale": jnp.ones(4),
+            "bias": jnp.zeros(4),
+            "kernel_1x1": weights(1, 1, 4, 5),
+            "head": jnp.zeros((5, 2)),  # all before it is dead at the start
+        },
+    ),
+    "instance_norm": (instance_norm, {"kernel": weights(3, 3, 2, 4), "head": weights(4, 2)}),
+    "layer_norm": (
+        layer_norm,
+        {"kernel": weights(6, 8), "scale": jnp.ones(8), "head": weights(8, 2)},
+    ),
+    "group_norm": (
+        group_norm,
+        {"kernel": weights(6, 8), "by_group": weights(6, 2, 4), "head": weights(16, 2)},
+    ),
+    "homogeneous": (
+        homogeneous,
+        {"first": weights(6, 8), "second": weights(8, 8), "head": weights(8, 2)},
+    ),
+    "deep_relu": (
+        deep_relu,
+        {"first": weights(6, 256), "kernels": [weights(256, 256), weights(256, 256)]},
+    ),
+    "dead": (dead, {"off": weights(6, 4), "after": weights(4, 2), "lengths": weights(3, 3)}),
+    "scanned": (
+        scanned,
+        {"kernels": jnp.stack([weights(6, 6) for _ in range(3)]), "head": weights(6, 2)},
+    ),
+    "embedding": (embedding, {"table": weights(8, 6), "head": weights(6, 2)}),
+}
+INVARIANT = {
+    "batch_norm/kernel": -1,
+    "batch_norm/kernel_1x1": -1,
+    "instance_norm/kernel": -1,
+    "layer_norm/kernel": (),
+    "group_norm/kernel": (),
+    "group_norm/by_group": -2,
+    "homogeneous/first": (),
+    "homogeneous/second": -1,
+    "scanned/kernels": (0, -1),
+    "embedding/table": -2,
+}
+UNDECIDED = {"batch_norm/bias_before", "dead/off", "dead/after"}
+
+
+ZOO_PARAMS = {name: params for name, (_, params) in ZOO.items()}
+
+
+def zoo_loss(params, target):
+    # All networks in one program; the target makes each depend on its scales.
+    return sum(
+        jnp.mean((network(params[name]) - target) ** 2) for name, (network, _) in ZOO.items()
+    )
+
+
+def normalised_loss(params, x):
+    """Invariant per column of `kernel`; of `head` in nothing."""
+    return jnp.mean((jnp.tanh(normalise(x @ params["kernel"], 0)) @ params["head"] - 1) ** 2)
+
+
+SMALL = {"kernel": weights(6, 5), "head": weights(5, 3)}
+
+
+def test_it_finds_what_the_mathematics_says(compiled_quickly):
+    found = so.find_invariant_groups(zoo_loss, ZOO_PARAMS, 0.5)
+    assert {leaf.path: leaf.axes for leaf in found.leaves if leaf.axes is not None} == INVARIANT
+    undecided = {leaf.path for leaf in found.leaves if leaf.verdict == "undecided"}
+    assert undecided == UNDECIDED
+    rescaled = set()
+    for leaf in found.leaves:
+        if leaf.verdict == "invariant":
+            assert leaf.path in INVARIANT
+            assert max(leaf.radial, leaf.rescaling) < TOLERANCE / 3, leaf
+        elif leaf.path not in UNDECIDED:
+            assert leaf.verdict == "not invariant"
+            assert leaf.rescaling is None or leaf.rescaling > 3 * TOLERANCE, leaf
+            rescaled |= {leaf.path} if leaf.rescaling else set()
+    # By its radial derivative alone this would be invariant.
+    assert "deep_relu/kernels/1" in rescaled
+
+
+def test_what_is_found_is_a_selection():
+    found = so.find_invariant_groups(normalised_loss, SMALL, X)
+    assert hash(found) == hash(type(found)(found.leaves))
+    grads = jax.tree.map(jnp.cos, SMALL)
+    updates = []
+    for axes in (found, so.by_path({"kernel": -1})):
+        tx = so.adam_srt(0.1, channel_axes=axes)
+        updates.append(tx.update(grads, tx.init(SMALL), SMALL)[0])
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+    head, kernel = map(str, found.leaves)
+    assert kernel.startswith("invariant (radial ") and ", rescaling " in kernel
+    assert head.startswith("not invariant (radial ")
+    assert so.describe(SMALL, found).splitlines() == [
+        "path    shape  groups × dimension  measured",
+        f"head    5×3    classic             {head}",
+        f"kernel  6×5    5 × 6               {kernel}",
+    ]
+    with pytest.raises(ValueError, match="^new: not measured"):
+        so.adam_srt(0.1, channel_axes=found).init({"new": jnp.ones((2, 2))})
+
+
+def test_a_wrong_selection_warns():
+    axes = so.by_path({"kernel": -1, "head": -1, "unused": ()})
+    with pytest.warns(UserWarning) as caught:
+        found = so.check_selection(
+            normalised_loss, SMALL | {"unused": jnp.ones(3)}, X, channel_axes=axes
+        )
+    head, unused = sorted(str(warning.message) for warning in caught)
+    assert head.startswith("head: ") and "its length changes the loss" in head
+    assert unused.startswith("unused: ") and "does not depend on it" in unused
+    assert {warning.filename for warning in caught} == {__file__}
+    assert {leaf.path: leaf.axes for leaf in found.leaves} == {
+        "kernel": -1, "head": None, "unused": None
+    }  # fmt: skip
+
+
+def test_a_right_selection_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = so.check_selection(
+            normalised_loss, SMALL, X, channel_axes=so.by_path({"kernel": [1]})
+        )
+    assert found("kernel", None) == (1,)
+    assert found.evidence("head") == "no candidate"
+
+
+def test_a_stack_of_which_one_layer_is_not_normalised():
+    def loss(params, x):
+        first, second = params["kernels"]
+        return jnp.mean((jnp.tanh(normalise(x @ first, 0)) @ second - 1) ** 2)
+
+    found = so.find_invariant_groups(loss, {"kernels": weights(2, 6, 6)}, X)
+    assert found("kernels", None) is None
+
+
+class Layer(nn.Module):
+    """One attention."""
+
+    normalise: bool
+
+    @nn.compact
+    def __call__(self, x):
+        attention = nn.MultiHeadDotProductAttention(
+            2, normalize_qk=self.normalise, use_bias=False, name="attention"
+        )
+        return attention(x)
+
+
+@pytest.mark.parametrize("normalise_qk", [True, False])
+def test_queries_and_keys_of_linen(normalise_qk):
+    model = Layer(normalise_qk)
+    x = jnp.asarray(RNG.normal(size=(2, 5, 8)), jnp.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+    found = so.find_invariant_groups(
+        lambda params, x: jnp.mean((model.apply({"params": params}, x) - x) ** 2), params, x
+    )
+    axes = {leaf.path: leaf.axes for leaf in found.leaves if leaf.axes is not None}
+    per_head = {"attention/query/kernel": -2, "attention/key/kernel": -2}
+    assert axes == (per_head if normalise_qk else {})
+
+
+def cross_entropy(logits):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+
+
+def test_an_nnx_state():
+    graphdef, params, stats = nnx.split(Tiny(4, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss(params, images):
+        return cross_entropy(nnx.merge(graphdef, params, stats, copy=True)(images, train=True))
+
+    images = jnp.asarray(RNG.normal(size=(2, 8, 16, 16, 3)), jnp.float32)
+    found = so.find_invariant_groups(loss, params, *images)
+    assert {leaf.path: leaf.axes for leaf in found.leaves} == {
+        "bn/bias": None,
+        "bn/scale": None,
+        "conv/kernel": -1,
+        "linear/bias": None,
+        "linear/kernel": None,
+    }
+    assert so.describe(nnx.as_pure(params), found) == so.describe(params, found)
+
+
+def test_a_module_with_leaves_of_other_kinds():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Module:
+        kernel: jax.Array
+        head: jax.Array
+        bias: jax.Array | None
+        temperature: jax.Array
+        steps: jax.Array
+        key: jax.Array
+
+    def loss(module, x):
+        assert module.bias is None
+        noise = jax.random.normal(module.key, x.shape) * module.steps
+        return normalised_loss(vars(module), x + noise) * module.temperature
+
+    module = Module(
+        SMALL["kernel"],
+        SMALL["head"],
+        None,
+        jnp.ones(()),
+        jnp.ones((2, 1), int)[0],
+        jax.random.key(1),
+    )
+    found = so.find_invariant_groups(loss, module, X)
+    assert {leaf.path: (leaf.axes, leaf.verdict) for leaf in found.leaves} == {
+        "kernel": (-1, "invariant"),
+        "head": (None, "not invariant"),
+        "temperature": (None, "no candidate"),
+        "steps": (None, "no candidate"),
+        "key": (None, "no candidate"),
+    }
+    assert so.describe(module, found).count("classic") == 4
+
+
+def test_equal_partitions_count_once():
+    def loss(params, x):
+        return jnp.mean((jnp.tanh(normalise(x @ params["kernel"][0], 0)) - 1) ** 2)
+
+    params = {"kernel": SMALL["kernel"][None]}
+    for candidates, axes in ([(0, -1), -1], (0, -1)), ([-1, [0, 2]], -1):
+        found = so.find_invariant_groups(loss, params, X, candidates=candidates)
+        assert found("kernel", None) == axes
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"batches": ()}, ValueError, "no batch"),
+        ({"tolerance": 0}, ValueError, "tolerance=0 is not"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance=nan is not"),
+        ({"candidates": -1}, TypeError, "candidates=-1 is not a sequence"),
+        ({"candidates": [None]}, TypeError, "is not a sequence"),
+        ({"candidates": ["x"]}, TypeError, "'x' is not an int"),
+        ({"candidates": [-1, 7]}, ValueError, "candidates: 7 "),
+        ({"loss_fn": lambda p, x: x @ p["kernel"]}, ValueError, r"float32\[16,5\]; it must"),
+        ({"loss_fn": lambda p, x: (p["kernel"].sum(), x)}, ValueError, "must return a floating"),
+        ({"loss_fn": lambda p, x: jnp.int32(1)}, ValueError, "must return a floating-point scalar"),
+        ({"loss_fn": lambda p, x: p["kernel"].sum() / 0}, ValueError, "given parameters is .*inf"),
+        (
+            {"loss_fn": lambda p, x: jnp.log(6.0 - jnp.sum(p["ones"] ** 2 > 1.1))},
+            ValueError,
+            "perturbed parameters is nan",
+        ),
+        (
+            {"loss_fn": lambda p, x: 1 + jnp.sqrt(0 * p["kernel"]).sum()},
+            ValueError,
+            "^kernel: the gradient of loss_fn is nan",
+        ),
+    ],
+)
+def test_what_is_refused(change, error, message):
+    given = {"loss_fn": normalised_loss, "batches": (X,)} | change
+    loss_fn, batches = given.pop("loss_fn"), given.pop("batches")
+    params = SMALL | {"ones": jnp.ones(60)}
+    with pytest.raises(error, match=message):
+        so.find_invariant_groups(loss_fn, params, *batches, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_convolution_of_the_networks_and_nothing_else(name):
+    model = models.MODELS[name](10, rngs=nnx.Rngs(0))
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, images):
+        return cross_entropy(nnx.merge(graphdef, params, stats, copy=True)(images, train=True))
+
+    images = jnp.asarray(RNG.normal(size=(8, 32, 32, 3)), jnp.float32)
+    found = so.find_invariant_groups(loss, params, images)
+    for leaf in found.leaves:
+        assert leaf.axes == (-1 if "conv" in leaf.path else None), leaf
+        if leaf.rescaling is not None:
+            away = leaf.rescaling / TOLERANCE
+            assert (away < 1 / 3) if leaf.axes == -1 else (away > 3), leaf
