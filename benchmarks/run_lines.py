@@ -6,9 +6,17 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+
+class Spread(NamedTuple):
+    """Quartiles of repeated timings, as a line holds them."""
+
+    q1: float
+    median: float
+    q3: float
 
 
 def read(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], list[int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import run_lines
-from timing import Spread
+from run_lines import Spread
 
 MODELS = ("resnet20", "resnet18", "vgg16", "transformer")
 OPTAX = ("adam", "adamw", "sgd", "muon")

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-
-class Spread(NamedTuple):
-    """Quartiles of repeated timings."""
-
-    q1: float
-    median: float
-    q3: float
+from run_lines import Spread
 
 
 def spread(values: Sequence[float]) -> Spread:

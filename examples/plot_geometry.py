@@ -173,15 +173,16 @@ def _read_run(directory: Path) -> Run | None:
         return None
 
     end = "/angle/mean"
-    layers = [key.removesuffix(end) for key in measured[0] if key.endswith(end)]
+    keys = max(measured, key=len)  # an epoch whose figures were lost has none
+    layers = [key.removesuffix(end) for key in keys if key.endswith(end)]
     layers.sort(key=_depth)
     if not layers:
-        raise Refused(f"{path}, line 1: damaged, it measures no layer")
+        raise Refused(f"{path}: damaged, it measures no layer")
     curves: dict[str, dict[str, np.ndarray]] = {}
     for measure, drawn in MEASURES.items():
         for layer in layers:
             key = f"{layer}/{measure}/mean"
-            if measure != OF_MOMENTUM or key in measured[0]:
+            if measure != OF_MOMENTUM or key in keys:
                 curve = [_figure(path, line, e, key) for line, e in enumerate(measured, 1)]
                 curves.setdefault(measure, {})[layer] = drawn.unit * np.array(curve[:epochs])
     setting = (str(arguments[key]) for key in ("dataset", "model", "optimizer"))
@@ -202,7 +203,7 @@ def _depth(layer: str) -> tuple[int, list[tuple[int, str]]]:
 
 def _figure(path: Path, line: int, epoch: dict[str, Any], key: str) -> float:
     value = epoch.get(key, "")
-    if value is None:
+    if value is None or len(epoch) == 1:
         return np.nan
     if not isinstance(value, int | float):
         raise Refused(f"{path}, line {line}: damaged, {key} is not a number")

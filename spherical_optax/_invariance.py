@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -72,7 +73,7 @@ def find_invariant_groups(
     Of each leaf's candidates, the finest groups x such that, with gradients g,
 
         |<g, x>| <= tolerance |g| |x|        in each group
-        R = max |f(a x) - f(x)|              a = 1 or 4, drawn for each group, and vice versa
+        R = max |f(a x) - f(x)|              a = 1/2 or 2, drawn for each group, and vice versa
         D = max |f(y) - f(x)|                y in random directions, |y| = |x| in each group
         R <= tolerance D
 
@@ -80,8 +81,8 @@ def find_invariant_groups(
     gradient for all leaves, but a large group hardly has a radial part anyway; R and D cost three
     values of the loss for each leaf that passes it. Perturbed, because at its start a network may
     hide what it depends on: BatchNorm's scale looks invariant while its bias is zero, and a last
-    layer of zeros hides all layers before it. A leaf whose R and D are rounding is undecided: the
-    loss does not depend on it, as on a bias before BatchNorm.
+    layer of zeros hides all layers before it. A leaf whose R and D are below
+    the loss's rounding is undecided: such is a bias before BatchNorm, on which nothing depends.
 
     In ResNets and a VGG16, R/D is below 1e-3, for BatchNorm's eps, or above 5e-2. Activations in
     bfloat16 round too much to tell: measure such a model in float32.
@@ -273,7 +274,9 @@ def _perturb(key: jax.Array, arrays: list[jax.Array]) -> tuple[list[jax.Array], 
         wide = widen(x)
         rms = jnp.sqrt(jnp.mean(wide**2))
         least = math.sqrt(x.shape[-1] / max(x.size, 1)) if x.ndim else 1.0
-        perturbed.append((wide + jnp.maximum(rms, least) * noise).astype(x.dtype))
+        perturbed.append(
+            (wide + jnp.maximum(rms, least) * noise.astype(wide.dtype)).astype(x.dtype)
+        )
         directions.append(direction)
     return perturbed, directions
 
@@ -281,7 +284,7 @@ def _perturb(key: jax.Array, arrays: list[jax.Array]) -> tuple[list[jax.Array], 
 def _radial(x: jax.Array, g: jax.Array, axes: tuple[int, ...], least: jax.Array) -> jax.Array:
     """Largest |<g, x>| / (|g| |x|) of a group; `least` replaces denominators below it."""
     x, g = widen(x), widen(g)
-    whole = jnp.maximum(norm(g, axes) * norm(x, axes), least)
+    whole = jnp.maximum(norm(g, axes) * norm(x, axes), least.astype(x.dtype))
     return jnp.max(divide_or(jnp.abs(inner(g, x, axes)), whole, 0.0))
 
 
@@ -301,24 +304,23 @@ def _changes(
     return jnp.max(jnp.stack(changes), axis=0).tolist()
 
 
-@jax.jit(static_argnums=2)
+@partial(jax.jit, static_argnums=2)
 def _move(x: jax.Array, direction: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """`x` with some of its groups made 4 times longer, with the others so, and `x` turned.
+    """`x` with some of its groups doubled and the others halved, the inverse, and `x` turned.
 
-    Longer and not shorter, for the eps of a normalisation matters less then; by a power of 2, which
-    passes through products and sums without rounding in any precision.
+    Powers of 2 pass through products and sums without rounding in any precision.
     """
     wide = widen(x)
     draw = jnp.sum(direction, axes, keepdims=True)
     some = draw > draw.mean()  # of two groups and more, neither all nor none
     turned = to_radius(direction.astype(wide.dtype), norm(wide, axes), axes)
-    moved = jnp.where(some, 4, 1) * wide, jnp.where(some, 1, 4) * wide, turned
-    return tuple(y.astype(x.dtype) for y in moved)
+    factor = jnp.where(some, 2.0, 0.5).astype(wide.dtype)
+    return tuple(y.astype(x.dtype) for y in (factor * wide, wide / factor, turned))
 
 
 def _rounding(value: jax.Array) -> jax.Array:
     # A bias before BatchNorm, on which nothing depends, moves the loss of a VGG16 by up to 7 eps.
-    return 30 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+    return 30 * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -70,7 +70,14 @@ def map_groups(
     """
     leaves = select(tree, channel_axes)
     columns = [
-        _aligned(leaves, other, "the parameters", f"`{name}`", exact=name != broadcast)
+        _aligned(
+            leaves,
+            other,
+            "the parameters",
+            f"`{name}`",
+            exact=name != broadcast,
+            spheres_only=True,
+        )
         for name, other in others.items()
     ]
     results = []
@@ -93,7 +100,13 @@ def need_params(params: optax.Params | None, link: str) -> optax.Params:
 
 
 def _aligned(
-    leaves: list[Leaf], tree: Any, ours: str, theirs: str, *, exact: bool = False
+    leaves: list[Leaf],
+    tree: Any,
+    ours: str,
+    theirs: str,
+    *,
+    exact: bool = False,
+    spheres_only: bool = False,
 ) -> list[Any]:
     """The values of a tree at the places of `leaves`; `ours` and `theirs` name the two trees."""
     remedy = "pass trees of the same structure and shapes, and a state that tx.init(params) made"
@@ -107,7 +120,7 @@ def _aligned(
             has, lacks = theirs, ours
         raise ValueError(f"{odd}: in {has} but not at this place in {lacks}; {remedy}")
     for leaf, (path, value) in zip(leaves, named, strict=True):
-        if leaf.skipped:
+        if leaf.skipped or (spheres_only and not leaf.axes):
             continue
         if is_hole(value):
             raise ValueError(f"{path}: in {ours} but not in {theirs}")

@@ -226,4 +226,4 @@ def observed_rate(axes: tuple[int, ...], x: jax.Array, s: jax.Array, g: jax.Arra
     """`tan θ / (r |P_x(g)|)`: how far the step turns x per length of the gradient at u = x/r."""
     of_gradient = inner(x, x, axes) * norm(tangent(x, g, axes), axes)
     plain = divide_or(norm(tangent(x, s, axes), axes), of_gradient, 0.0)
-    return plain / (1 + radial_share(s, x, axes))
+    return jnp.where(plain == 0, 0.0, plain / (1 + radial_share(s, x, axes)))

@@ -44,7 +44,7 @@ def with_geometry(
     comes out of it,
 
         angle                     θ = atan2(|P_x(s)|, |x| + <s, x>/|x|)
-        effective_learning_rate   tan θ / (|x| |P_x(g)|), for SGD η/r², and with L2 η/(r²(1 - ηλ))
+        effective_learning_rate   tan θ / (|x| |P_x(g)|), for SGD without momentum η/r²
         radius                    r = |x|
         radial_fraction           |<s, x>| / (|s| |x|)
         deformation               ∠(P_x(s), -P_x(g))
@@ -88,7 +88,9 @@ def with_geometry(
         leaves: Any = {}
         for leaf in select(params, channel_axes):
             if leaf.axes:
-                rows = len(MEASURES) - (leaf.path not in momenta)
+                found = momenta.get(leaf.path)
+                has_momentum = found is not None and found.shape == leaf.value.shape
+                rows = len(MEASURES) if has_momentum else len(MEASURES) - 1
                 leaves[leaf.path] = jnp.zeros((rows, len(STATISTICS)), widen(leaf.value).dtype)
         childless = not jax.tree_util.treedef_children(jax.tree.structure(params))
         if not named_leaves(params) and childless and params:
@@ -191,15 +193,16 @@ def _measure(
         deformed(axes, x, s, g),
         *(radial_part(axes, x, m) for m in momentum),
     ]
-    table = jnp.stack(rows).reshape(len(rows), -1)
-    return jnp.stack([table.mean(1), table.min(1), table.max(1)], axis=1)
+    table = jnp.stack(rows)
+    groups = tuple(range(1, table.ndim))
+    return jnp.stack([table.mean(groups), table.min(groups), table.max(groups)], axis=1)
 
 
 def _momenta(state: optax.OptState) -> dict[str, jax.Array]:
     """The momentum of each leaf by path; empty if the state has none, or several."""
 
     def is_momentum(path: Any, value: Any) -> bool:
-        # A parameter may have this name too.
+        # A dict of parameters may have this name too.
         return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
 
     found = [

@@ -136,12 +136,13 @@ def test_vmapped_seeds_have_figures_of_their_own():
             np.testing.assert_allclose(measured[name][i], alone[-1], **CLOSE)
 
 
-def test_sharded_parameters_have_the_same_figures():
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters_have_the_same_figures(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     specs = {
         "bias": PartitionSpec("model"),
         "conv": PartitionSpec(None, None, "data", "model"),
-        "layers": {"stack": PartitionSpec("model", "data", None)},
+        "layers": {"stack": PartitionSpec("model", None, "data")},
     }
 
     def shard(tree):
@@ -184,3 +185,18 @@ def test_accumulated_gradients_are_measured_once_per_step():
     for name, after in figures(multi, grads=GRADS[:4]).items():
         first, second = alone[name]
         np.testing.assert_allclose(after, [0, first, first, second], **CLOSE)
+
+
+def test_a_step_to_the_centre_has_no_nan():
+    params = {"conv": jnp.ones((4, 3))}
+    tx = watch(optax.sgd(1.0), channel_axes=-1)
+    _, state = tx.update(params, tx.init(params), params)
+    assert all(jnp.isfinite(figure) for figure in so.geometry(state).values())
+
+
+def test_a_momentum_of_another_shape_is_left_out():
+    params = jnp.ones((4, 3)) + jnp.arange(12.0).reshape(4, 3)
+    tx = watch(optax.flatten(optax.adam(0.1)), channel_axes=-1)
+    _, state = jax.jit(tx.update)(jnp.sin(params), tx.init(params), params)
+    assert so.geometry(state)["angle/mean"] > 0
+    assert not any("momentum" in name for name in so.geometry(state))

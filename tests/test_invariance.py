@@ -84,6 +84,10 @@ def scanned(p):
     return jax.lax.scan(layer, X, p["kernels"])[0] @ p["head"]
 
 
+def clipped(p):
+    return X @ (p["kernel"] / jnp.maximum(1, jnp.linalg.norm(p["kernel"])))
+
+
 def embedding(p):
     tokens = jnp.arange(16) % 8
     return jnp.tanh(normalise(p["table"][tokens], -1)) @ p["head"]
@@ -123,6 +127,7 @@ ZOO = {
         scanned,
         {"kernels": jnp.stack([weights(6, 6) for _ in range(3)]), "head": weights(6, 2)},
     ),
+    "clipped": (clipped, {"kernel": 1.6 * weights(6, 1) / jnp.linalg.norm(weights(6, 1))}),
     "embedding": (embedding, {"table": weights(8, 6), "head": weights(6, 2)}),
 }
 INVARIANT = {
@@ -174,6 +179,19 @@ def test_it_finds_what_the_mathematics_says(compiled_quickly):
             rescaled |= {leaf.path} if leaf.rescaling else set()
     # By its radial derivative alone this would be invariant.
     assert "deep_relu/kernels/1" in rescaled
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_strict_dtype_promotion(dtype, wide):
+    def loss(params, x):
+        y = jnp.dot(x, params["kernel"].astype(x.dtype))
+        y = y / jnp.sqrt(jnp.sum(y * y))
+        return jnp.mean(jnp.tanh(y)).astype(dtype)
+
+    with jax.enable_x64(wide), jax.numpy_dtype_promotion("strict"):
+        found = so.find_invariant_groups(loss, {"kernel": SMALL["kernel"]}, X)
+    assert found("kernel", None) == ()
 
 
 def test_what_is_found_is_a_selection():

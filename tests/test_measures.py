@@ -278,6 +278,13 @@ def test_trees_that_differ_are_refused_with_the_path(other, message):
             call()
 
 
+def test_a_masked_momentum_is_enough():
+    x = {"conv": jnp.ones((4, 3)) + jnp.arange(3), "bias": jnp.ones(3)}
+    masked = {"conv": jnp.sin(x["conv"]), "bias": optax.MaskedNode()}
+    for _, call in measures_of_pairs(x, masked):
+        assert call()["bias"] is None and call()["conv"].shape == (1, 3)
+
+
 def test_only_a_division_broadcasts():
     x = jnp.ones((4, 3))
     for name, call in measures_of_pairs(x, x[:1]):

@@ -1,6 +1,7 @@
 """The optimizer step's command: what it measures, skips and refuses; the report from its lines."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import step_programs
 import step_report
 import step_runs
 import timing
+from run_lines import Spread
 from step_programs import Program
 from step_runs import COUNTERPARTS, OPTIMIZERS
-from timing import Spread
 from tiny_step import FIGURES, make_measurement, make_tree
 
 
@@ -166,12 +167,21 @@ def test_a_torch_without_the_gpu_is_refused(faked, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "new").exists()
 
 
-def test_help_shows_defaults_and_examples(capsys):
-    with pytest.raises(SystemExit) as ended:
-        optimizer_step.main(["--help"])
-    out = capsys.readouterr().out
-    assert ended.value.code == 0
-    assert "default: 20" in out and "runs/optimizer_step)" in out and "examples:" in out
+def test_help_and_refusals_start_no_jax():
+    program = (
+        "import sys, optimizer_step\n"
+        "for arguments in (['--help'], ['--rounds', '0'], ['--report', '--output', 'nowhere']):\n"
+        "    try: optimizer_step.main(arguments)\n"
+        "    except SystemExit: pass\n"
+        "sys.exit(bool({'jax', 'matplotlib', 'torch'} & sys.modules.keys()))"
+    )
+    directory = Path(optimizer_step.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=directory, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "default: 20" in done.stdout and "runs/optimizer_step)" in done.stdout
+    assert "examples:" in done.stdout
 
 
 # The report.

@@ -202,6 +202,17 @@ def test_all_measures_can_be_drawn_and_no_others(tmp_path, capsys):
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_an_epoch_whose_figures_were_lost_is_a_gap(tmp_path):
+    run = make(tmp_path / "run")
+    file = run / "geometry.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(['{"epoch": 1}', *lines[1:]]) + "\n")
+    (read,) = plot_geometry.find_runs([run])
+    assert read.layers == list(LAYERS) and "momentum_radial_fraction" in read.curves
+    for curves in read.curves.values():
+        assert all(np.isnan(curve[0]) and np.isfinite(curve[1]) for curve in curves.values())
+
+
 @pytest.mark.parametrize("value", [None, 0, -2.5, 1e38])
 def test_figures_that_a_logarithm_cannot_show(value, tmp_path):
     run, names = make(tmp_path / "run"), LAYERS
@@ -326,7 +337,7 @@ def test_refusals(tmp_path, capsys):
     file = run / "geometry.jsonl"
     refused([run], f"{file}, line 2: damaged, {LAYERS[1]}/radius/mean is not a number")
     file.write_text('{"epoch": 1}\n')
-    refused([run], f"{file}, line 1: damaged, it measures no layer")
+    refused([run], f"{file}: damaged, it measures no layer")
     for seed in range(11):
         make(tmp_path / "many" / f"{seed}", seed=seed)
     many = "11 runs are too many to be read side by side: name up to 10"

@@ -73,7 +73,7 @@ def wait_for(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 @pytest.mark.slow
 def test_one_device_eight_and_two_processes_of_four_give_the_same_curve(tmp_path):
     """21 steps in float32: two batches of 8 in each epoch are shared out, and one of 6 is not."""
-    arguments = "--epochs 7 --batch_size 8 --seeds 1 --optimizer adamsrt --output"
+    arguments = "--epochs 7 --batch_size 8 --seeds 1 --optimizer adamsrt --geometry --output"
     for devices in (1, 8):
         output = tmp_path / f"{devices}"
         ((code, _, err),) = wait_for(

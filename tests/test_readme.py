@@ -1,6 +1,7 @@
 """The README: its Python runs and prints what it says, and its commands are understood."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import paper_table
+import plot_geometry
 import step_report
 import step_runs
 import table_runs
@@ -126,6 +128,26 @@ def test_the_committed_speed_tables_are_made_from_the_committed_runs(tmp_path):
         (copy / "runs.jsonl").write_bytes((directory / "runs.jsonl").read_bytes())
         assert importlib.import_module(name).main(["--report", "--output", str(copy)]) == 0
         assert (copy / "table.md").read_bytes() == (directory / "table.md").read_bytes()
+
+
+def test_the_pictures_of_spheres_are_of_the_committed_runs(tmp_path, capsys):
+    plots = [shlex.split(rest) for name, rest in COMMANDS if name == "plot_geometry"]
+    assert len(plots) == 2
+    for arguments in plots:
+        runs, picture = Path(arguments[0]).name, arguments[arguments.index("--output") + 1]
+        committed = RESULTS / runs
+        assert (
+            committed / picture
+        ).exists() and f"({committed.relative_to(ROOT)}/{picture})" in README
+        options = [str(tmp_path / picture) if text == picture else text for text in arguments[1:]]
+        assert plot_geometry.main([str(committed), *options]) == 0
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+        for summary in committed.glob("*/summary.json"):
+            trained = json.loads(summary.read_text())
+            asked = trained["arguments"]
+            assert trained["device"].startswith("cpu (") and "dirty" not in trained["git_revision"]
+            decay = f"--weight_decay {asked['weight_decay']:g} --geometry --output runs/{runs}/"
+            assert decay in " ".join(ONE_LINE.split()) and asked["optimizer"] == summary.parent.name
 
 
 def test_the_links_lead_somewhere():

@@ -9,7 +9,7 @@ import pytest
 
 import spherical_optax as so
 import train_cifar
-from cifar import data, models, recipes, training
+from cifar import data, models, recipes, report, training
 from tiny import Tiny, make_data, prepare
 
 SCHEDULE = optax.constant_schedule(0.1)
@@ -51,7 +51,7 @@ def test_an_epoch_has_the_figures_of_all_its_steps(driver):
         assert epochs[1].progress.epoch_geometry[seed] != found
 
 
-def test_the_epochs_before_a_stop_within_an_epoch_are_counted():
+def test_the_steps_before_a_stop_within_an_epoch_are_counted():
     tx = so.with_geometry(optax.sgd(SCHEDULE), channel_axes=AXES)
     trainer, seeds, run = prepare(tx, make_data(), batch_size=5)
     copy = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, run)
@@ -70,6 +70,14 @@ def test_the_epochs_before_a_stop_within_an_epoch_are_counted():
     cut = cut._replace(progress=training.Progress(**saved))
     end = training.fit(trainer, seeds, cut, epochs=1, schedule=SCHEDULE)
     assert end.progress.epoch_geometry == whole.progress.epoch_geometry
+
+
+def test_what_is_lost_of_a_file_stays_empty(tmp_path):
+    path = tmp_path / "geometry.jsonl"
+    path.write_text('{"epoch": 1, "a": 1.5}\n{"epo\n[3]\n{"epoch": 4, "a": 2.5}\n{"epoch": 5}')
+    lines = report.read_lines(path, 4)
+    assert lines == [{"epoch": 1, "a": 1.5}, {"epoch": 2}, {"epoch": 3}, {"epoch": 4, "a": 2.5}]
+    assert report.read_lines(tmp_path / "none", 2) == [{"epoch": 1}, {"epoch": 2}]
 
 
 @pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)

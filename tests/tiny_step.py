@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import spherical_optax as so
+from run_lines import Spread
 from step_programs import Tree
 from step_runs import Figures, Measurement, Setting
-from timing import Spread
 
 
 def make_tree(model="resnet20"):

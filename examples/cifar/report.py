@@ -1,5 +1,6 @@
 """The files of a run: arguments.json, *.jsonl, summary.json, curves.png and tensorboard/."""
 
+import contextlib
 import json
 import os
 import platform
@@ -40,12 +41,13 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """The lines of the first epochs, as far as the file has them; none without the file."""
-    if not path.exists():
-        return []
-    # The last line may be torn.
-    texts = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [line for line in map(json.loads, texts) if line["epoch"] <= epochs]
+    """The lines of the first epochs; one with the epoch alone where the file has no whole line."""
+    found = {}
+    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn or damaged line
+            line = json.loads(text)
+            found[line["epoch"]] = line
+    return [found.get(epoch, {"epoch": epoch}) for epoch in range(1, epochs + 1)]
 
 
 def open_events(directory: Path) -> SummaryWriter:
