@@ -122,12 +122,23 @@ def test_the_images_per_second_are_those_of_the_raw_results():
 
 
 def test_the_committed_speed_tables_are_made_from_the_committed_runs(tmp_path):
-    for name in SPEED:
-        directory, copy = RESULTS / f"{name}_cpu", tmp_path / name
+    programs = {f"{name}_cpu": name for name in SPEED} | {"geometry_cpu": "training_throughput"}
+    for name, program in programs.items():
+        directory, copy = RESULTS / name, tmp_path / name
         copy.mkdir()
         (copy / "runs.jsonl").write_bytes((directory / "runs.jsonl").read_bytes())
-        assert importlib.import_module(name).main(["--report", "--output", str(copy)]) == 0
+        assert importlib.import_module(program).main(["--report", "--output", str(copy)]) == 0
         assert (copy / "table.md").read_bytes() == (directory / "table.md").read_bytes()
+
+
+def test_the_cost_of_measuring_is_that_of_the_raw_results():
+    lines, _ = throughput_report.load(RESULTS / "geometry_cpu" / "runs.jsonl")
+    ratios = {
+        (line["program"], line["batch_size"]): f"{line['ratio_to_adam']['median']:.2f}"
+        for line in lines.values()
+    }
+    said = re.search(r"took ([\d.]+) of its time at batch 32 and ([\d.]+) at batch 128", README)
+    assert said and [*said.groups()] == [ratios["adam+geometry", size] for size in (32, 128)]
 
 
 def test_the_pictures_of_spheres_are_of_the_committed_runs(tmp_path, capsys):
