@@ -174,7 +174,7 @@ def test_the_equilibrium_angle_does_not_depend_on_the_gradients(name):
         g = sizes * g / so.group_norm(g, channel_axes=-1) / so.radius(x, channel_axes=-1)
         updates, state = tx.update(g, state, x)
         figures = so.geometry(state)
-        return (x + updates, state), [figures[f"/angle/{of}"] for of in ("mean", "min", "max")]
+        return (x + updates, state), [figures[f"angle/{of}"] for of in ("mean", "min", "max")]
 
     x = jax.random.normal(jax.random.key(0), (200, 4))
     x /= so.radius(x, channel_axes=-1)
