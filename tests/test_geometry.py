@@ -8,10 +8,10 @@ import pytest
 from absl.testing import parameterized
 
 import spherical_optax as so
-from oracle import dot, rows
+from layouts import LAYOUTS, as_rows, random_arrays
+from oracle import dot
 from oracle import parallel_transport as transported
 
-LAYOUTS = [((3, 3, 4, 5), -1), ((6, 5), ()), ((2, 7, 5), (0, -1)), ((2, 3, 4), (1,))]
 # Rounding of the result in its dtype; sums run in float32 at least.
 EPS = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 
@@ -20,15 +20,6 @@ EPS = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
 def _float64():
     with jax.enable_x64(True):
         yield
-
-
-def random_arrays(shape, count, dtype="float64"):
-    rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(count)]
-
-
-def as_rows(x, axes):
-    return rows(np.asarray(x, np.float64), axes)
 
 
 def lengths(x, axes):

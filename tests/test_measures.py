@@ -10,9 +10,9 @@ from absl.testing import parameterized
 from flax import nnx
 
 import spherical_optax as so
-from oracle import dot, rows
+from layouts import LAYOUTS, as_rows, random_arrays
+from oracle import dot
 
-LAYOUTS = [((3, 3, 4, 5), -1), ((6, 5), ()), ((2, 7, 5), (0, -1)), ((2, 3, 4), (1,))]
 # Rounding of sums in float32 at least: bfloat16 is exact in it, and no result is rounded back.
 EPS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-5}
 ETA = 0.3
@@ -22,15 +22,6 @@ ETA = 0.3
 def _float64():
     with jax.enable_x64(True):
         yield
-
-
-def random_arrays(shape, count, dtype="float64"):
-    rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(count)]
-
-
-def as_rows(x, axes):
-    return rows(np.asarray(x, np.float64), axes)
 
 
 def lengths(x):
