@@ -15,6 +15,8 @@ from flax import nnx
 import spherical_optax as so
 from watched import AXES, GRADS, PARAMS, watch
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 MOMENTUM = "momentum_radial_fraction"
 
 OPTIMIZERS = {
