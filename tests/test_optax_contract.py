@@ -15,8 +15,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import spherical_optax as so
 from watched import AXES, CLOSE, GRADS, PARAMS, random_tree, stack
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 class Case(NamedTuple):
     """A factory that takes `channel_axes`, and whether its update needs the parameters."""
