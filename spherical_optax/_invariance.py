@@ -81,11 +81,12 @@ def find_invariant_groups(
     gradient for all leaves, but a large group hardly has a radial part anyway; R and D cost three
     values of the loss for each leaf that passes it. Perturbed, because at its start a network may
     hide what it depends on: BatchNorm's scale looks invariant while its bias is zero, and a last
-    layer of zeros hides all layers before it. A leaf whose R and D are below
-    the loss's rounding is undecided: such is a bias before BatchNorm, on which nothing depends.
+    layer of zeros hides all layers before it. A leaf whose R and D are below the loss's rounding is
+    undecided: such is a bias before BatchNorm, on which nothing depends.
 
-    In ResNets and a VGG16, R/D is below 1e-3, for BatchNorm's eps, or above 5e-2. Activations in
-    bfloat16 round too much to tell: measure such a model in float32.
+    In ResNets and a VGG16, R/D is below 1e-3, for BatchNorm's eps, or above 0.1. Activations in
+    bfloat16 round too much to tell: measure such a model in float32. In a whole tensor, one channel
+    of many that is not normalised may be too little to be seen.
 
     Args:
       loss_fn: `(params, batch) -> loss`, a floating-point scalar, traced by `jax.jit`, with
@@ -161,7 +162,7 @@ def check_selection(
     found = _measure(loss_fn, params, batches, tried, tolerance)
     reasons = {
         "not invariant": "its length changes the loss",
-        "undecided": "the loss does not depend on it, so that nothing can be measured",
+        "undecided": "it changes the loss by less than rounding, so that nothing is decided",
     }
     for leaf in found.leaves:
         if leaf.verdict in reasons:
