@@ -12,6 +12,7 @@ from spherical_optax._constraints import (
     reproject_to_sphere,
 )
 from spherical_optax._geometry import (
+    Transport,
     angle,
     exp_map,
     parallel_transport,
@@ -19,10 +20,13 @@ from spherical_optax._geometry import (
     retract,
 )
 from spherical_optax._groups import (
+    Blocks,
+    blocks,
     group_inner,
     group_norm,
 )
 from spherical_optax._invariance import (
+    Evidence,
     InvariantGroups,
     check_selection,
     find_invariant_groups,
@@ -39,6 +43,8 @@ from spherical_optax._momentum import (
     trace_rt,
 )
 from spherical_optax._selection import (
+    ByPath,
+    ChannelAxes,
     by_path,
     describe,
     path_labels,
@@ -53,14 +59,20 @@ from spherical_optax._with_geometry import (
 __version__ = _version("spherical-optax")
 
 __all__ = [
+    "Blocks",
+    "ByPath",
+    "ChannelAxes",
+    "Evidence",
     "InvariantGroups",
     "ReprojectToSphereState",
+    "Transport",
     "WithGeometryState",
     "adam_g",
     "adam_s",
     "adam_srt",
     "angle",
     "angle_per_step",
+    "blocks",
     "by_path",
     "check_selection",
     "deformation",

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._adam_s import adam_step, average, zero_moments
-from spherical_optax._constraints import reproject_to_sphere
-from spherical_optax._geometry import Transport, check_transport, transport_momentum
-from spherical_optax._groups import norm, squared_norm
+from spherical_optax._geometry import (
+    Transport,
+    check_transport,
+    isometric_stretch,
+    transport_momentum,
+)
+from spherical_optax._groups import inner, nonzero, squared_norm
 from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
+from spherical_optax._moments import (
+    adam_step,
+    average,
+    bias_correction,
+    step_per_momentum,
+    zero_moments,
+)
+from spherical_optax._ready import add_coupled_decay
 from spherical_optax._selection import ChannelAxes
 
 
@@ -61,15 +72,17 @@ def scale_by_adam_g(
     def update_fn(updates, state, params=None):
         params = need_params(params, "scale_by_adam_g")
         count = optax.safe_increment(state.count)
+        corrections = bias_correction(b1, count), bias_correction(b2, count)
 
         def leaf(axes, g, mu, nu, x):
-            radius = 1.0
-            if axes:
-                radius = norm(x, axes)
-                radius = jnp.where(radius == 0, 1.0, radius)
-            mu = average(radius * g, transport_momentum(x, mu, axes, transport), b1)
+            if not axes:
+                return classic_step(g, mu, nu, b1, b2, eps, *corrections)
+            sq_norm = squared_norm(x, axes)
+            radius = radius_or_1(sq_norm)
+            mu = transport_momentum(x, mu, nonzero(sq_norm), axes, transport)
+            mu = average(radius * g, mu, b1)
             nu = average(radius**2 * squared_norm(g, axes), nu, b2)
-            return radius * adam_step(mu, nu, count, b1, b2, eps, axes), mu, nu
+            return mu * (radius * step_per_momentum(nu, *corrections, eps)), mu, nu
 
         updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
         return updates, optax.ScaleByAdamState(count, mu, nu)
@@ -131,7 +144,77 @@ def adam_g(
     """
     return optax.chain(
         add_coupled_decay(weight_decay, "adam_g", except_spherical=channel_axes),
-        scale_by_adam_g(b1, b2, eps, channel_axes=channel_axes, mu_dtype=mu_dtype),
-        scale_by_learning_rate(learning_rate),
-        reproject_to_sphere(1.0, channel_axes=channel_axes),
+        _adam_g(learning_rate, b1, b2, eps, channel_axes, mu_dtype),
     )
+
+
+def _adam_g(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    channel_axes: ChannelAxes,
+    mu_dtype: DTypeLike | None,
+) -> optax.GradientTransformation:
+    """`scale_by_adam_g`, learning rate and `reproject_to_sphere(1.0)` in one.
+
+    The norm of the point that a step leads to follows from products of what is there before it, so
+    that all sums of all leaves can be taken at once.
+    """
+
+    def init_fn(params):
+        mu, nu = zero_moments(params, channel_axes, mu_dtype)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update_fn(updates, state, params=None):
+        params = need_params(params, "adam_g")
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        count = optax.safe_increment(state.count)
+        corrections = bias_correction(b1, count), bias_correction(b2, count)
+
+        def leaf(axes, g, mu, nu, x):
+            eta = jnp.asarray(rate, g.dtype)
+            if not axes:
+                step, mu, nu = classic_step(g, mu, nu, b1, b2, eps, *corrections)
+                return -eta * step, mu, nu
+            xx, gg, mm = (squared_norm(v, axes) for v in (x, g, mu))
+            xg, xm, gm = inner(x, g, axes), inner(x, mu, axes), inner(g, mu, axes)
+            radius = radius_or_1(xx)
+            share = xm / nonzero(xx)
+            left = mm - share * xm
+            # mu <- old (mu - share x) + new g, and its products with itself and with x.
+            old = jnp.asarray(b1, g.dtype) * isometric_stretch(mm, left)
+            new = jnp.asarray(1 - b1, g.dtype) * radius
+            mu = old * mu - (old * share) * x + new * g
+            mm = old * (old * left + 2 * new * (gm - share * xg)) + new * new * gg
+            xm = new * xg
+            nu = average(radius**2 * gg, nu, b2)
+            step = eta * radius * step_per_momentum(nu, *corrections, eps)
+            there = jnp.maximum(xx + step * (step * mm - 2 * xm), 0)
+            scale = jnp.where(there == 0, 1, jax.lax.rsqrt(there))
+            return scale * (x - step * mu) - x, mu, nu
+
+        updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def radius_or_1(sq_norm: jax.Array) -> jax.Array:
+    """The radius of a group; 1 of a group of zeros."""
+    return jnp.sqrt(jnp.where(sq_norm == 0, 1, sq_norm))
+
+
+def classic_step(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    b1: ArrayLike,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    correction1: jax.Array,
+    correction2: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adam's step and moments."""
+    mu, nu = average(g, mu, b1), average(squared_norm(g, ()), nu, b2)
+    return adam_step(mu, nu, correction1, correction2, eps, ()), mu, nu

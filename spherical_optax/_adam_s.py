@@ -1,21 +1,25 @@
-"""AdamS, Adam with one second moment per group, and the parts that the Adams here share.
-
-A leaf without reduction axes runs through the same lines and comes out as in Adam.
-"""
+"""AdamS: Adam with one second moment per group."""
 
 from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._groups import group_size, squared_norm, widen
+from spherical_optax._groups import group_size
 from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._moments import (
+    adam_step,
+    average,
+    bias_correction,
+    decay_at,
+    decay_gradient,
+    zero_moments,
+)
 from spherical_optax._ready import scale_by_learning_rate
-from spherical_optax._selection import ChannelAxes, map_selected
+from spherical_optax._selection import ChannelAxes
 
 
 def scale_by_adam_s(
@@ -71,13 +75,14 @@ def _scale_by_adam_s(
         params = None if weight_decay is None else need_params(params, "adam_s")
         decay = decay_at(state.count, weight_decay)
         count = optax.safe_increment(state.count)
+        corrections = bias_correction(b1, count), bias_correction(b2, count)
 
         def leaf(axes, g, mu, nu, x=None):
             g, square, nu = decay_gradient(g, x, decay, nu, axes)
             size = group_size(g.shape, axes)
             mu = average(g, mu, b1)
             nu = average(square / size, nu, b2)
-            return adam_step(mu, nu, count, b1, b2, eps / math.sqrt(size), axes), mu, nu
+            return adam_step(mu, nu, *corrections, eps / math.sqrt(size), axes), mu, nu
 
         updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
         return updates, optax.ScaleByAdamState(count, mu, nu)
@@ -138,77 +143,3 @@ def adam_s(
         _scale_by_adam_s(weight_decay, b1, b2, eps, channel_axes, mu_dtype),
         scale_by_learning_rate(learning_rate),
     )
-
-
-def zero_moments(
-    params: optax.Params, channel_axes: ChannelAxes, mu_dtype: DTypeLike | None
-) -> tuple[optax.Updates, optax.Updates]:
-    """The first moments and the groups' second moments at init."""
-    # nu comes from an array of the parameters so that it inherits their devices.
-    nu = map_selected(
-        lambda leaf: jnp.zeros_like(squared_norm(widen(leaf.value), leaf.axes)),
-        channel_axes,
-        params,
-    )
-    return optax.tree.zeros_like(params, dtype=mu_dtype), nu
-
-
-def decay_at(count: ArrayLike, weight_decay: optax.ScalarOrSchedule | None) -> ArrayLike | None:
-    """The weight decay of a step, counted from 0; None where there is none to add."""
-    if weight_decay is None or isinstance(weight_decay, int | float) and weight_decay == 0:
-        return None
-    return weight_decay(count) if callable(weight_decay) else weight_decay
-
-
-def decay_gradient(
-    g: jax.Array,
-    x: jax.Array | None,
-    decay: ArrayLike | None,
-    nu: jax.Array,
-    axes: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds coupled decay: the gradient, its squared norm, and nu as it was."""
-    if decay is None or x is None:
-        return g, squared_norm(g, axes), nu
-    rate = jnp.asarray(decay, g.dtype)
-    if not axes:
-        g = g + rate * x
-        return g, squared_norm(g, axes), nu
-    # On a CPU XLA would write the decayed gradient to memory, as the sum and the update both read
-    # it. Behind barriers each has one of its own, which is fused; nu makes the barriers of
-    # different leaves differ. The update's waits for the sum, so that a leaf's sums come together.
-    own_rate, nu = jax.lax.optimization_barrier((rate, nu))
-    square = squared_norm(g + own_rate * x, axes)
-    rate, square = jax.lax.optimization_barrier((rate, square))
-    return g + rate * x, square, nu
-
-
-def average(new: jax.Array, old: jax.Array, decay: ArrayLike) -> jax.Array:
-    """The moving average `(1 - decay) new + decay old`."""
-    # 1 - decay is taken before any rounding to the arrays' dtype.
-    return jnp.asarray(1 - decay, new.dtype) * new + jnp.asarray(decay, new.dtype) * old
-
-
-def adam_step(
-    mu: jax.Array,
-    nu: jax.Array,
-    count: ArrayLike,
-    b1: ArrayLike,
-    b2: ArrayLike,
-    eps: ArrayLike,
-    axes: tuple[int, ...],
-) -> jax.Array:
-    """`mu/(1 - b1^t) / (sqrt(nu/(1 - b2^t)) + eps)`, in the order of Optax's operations."""
-    correction1, correction2 = (bias_correction(b, count, nu.dtype) for b in (b1, b2))
-    denominator = jnp.sqrt(nu / correction2) + jnp.asarray(eps, nu.dtype)
-    # With eps = 0 and no gradient so far: no step.
-    denominator = jnp.where(denominator == 0, jnp.inf, denominator)
-    if axes:  # one division per group, and not per element
-        return mu * (1 / (correction1 * denominator))
-    return mu / correction1 / denominator
-
-
-def bias_correction(decay: ArrayLike, count: ArrayLike, dtype: DTypeLike) -> jax.Array:
-    """`1 - decay^t`, which an average of equal values from 0 on has reached after t steps."""
-    wide = jnp.result_type(float)  # float64 where float64 arrays are possible
-    return (1 - jnp.asarray(decay, wide) ** jnp.asarray(count, wide)).astype(dtype)

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._adam_s import (
+from spherical_optax._geometry import Transport, check_transport, transport_momentum
+from spherical_optax._groups import group_size, nonzero, squared_norm
+from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._moments import (
     adam_step,
     average,
     bias_correction,
@@ -16,9 +19,6 @@ from spherical_optax._adam_s import (
     decay_gradient,
     zero_moments,
 )
-from spherical_optax._geometry import Transport, check_transport, transport_momentum
-from spherical_optax._groups import divide_or, group_size, squared_norm
-from spherical_optax._leaves import map_leaves, need_params
 from spherical_optax._ready import scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes
 
@@ -94,23 +94,28 @@ def _scale_by_adam_srt(
         decay = decay_at(state.count, weight_decay)
         count = optax.safe_increment(state.count)
 
+        correction1, correction2 = bias_correction(b1, count), bias_correction(b2, count)
+
         def leaf(axes, g, mu, nu, x):
             g, square, nu = decay_gradient(g, x, decay, nu, axes)
             size = group_size(g.shape, axes)
-            mu = average(g, transport_momentum(x, mu, axes, transport), b1)
             square = square / size
+            if axes and transport != "none":
+                sq_norm = squared_norm(x, axes)
+                divisor = nonzero(sq_norm)
+                mu = transport_momentum(x, mu, divisor, axes, transport)
+            mu = average(g, mu, b1)
             if axes and transport == "rescale":
                 # nu is of |x| g, which stays as it is from one radius to the next. A group of zeros
                 # has none: its gradient counts for this step alone, as if all had been like it. So
                 # does that of a group too small for |x|² |g|².
-                sq_norm = squared_norm(x, axes)
                 nu = average(sq_norm * square, nu, b2)
-                alone = bias_correction(b2, count, nu.dtype) * square
-                here = divide_or(nu, jnp.where(nu > 0, sq_norm, 0.0), alone)
+                here = nu / divisor
+                here = jnp.where(here == 0, correction2.astype(here.dtype) * square, here)
             else:
                 nu = here = average(square, nu, b2)
-            step = adam_step(mu, here, count, b1, b2, eps / math.sqrt(size), axes)
-            return step, mu, nu
+            eps_d = eps / math.sqrt(size)
+            return adam_step(mu, here, correction1, correction2, eps_d, axes), mu, nu
 
         updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
         return updates, optax.ScaleByAdamState(count, mu, nu)

@@ -7,16 +7,16 @@ of groups of zeros pass unchanged.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from spherical_optax._geometry import tangent, to_radius
-from spherical_optax._groups import divide_or, norm, widen
+from spherical_optax._groups import group_norm, nonzero, norm, zeros_per_group
 from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._selection import ChannelAxes, map_selected, select
+from spherical_optax._selection import ChannelAxes, Leaf, map_selected, select
 
 
 def project_to_tangent_space(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
@@ -80,15 +80,16 @@ def reproject_to_sphere(
 
     Args:
       radius: positive radius of every sphere; `None` keeps the one that each group has at init. A
-        group that is zero then has none, and moves freely.
+        group that is zero then has none, and moves freely. So do all groups if init is shown shapes
+        (`jax.ShapeDtypeStruct`) instead of arrays.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
 
     Returns:
       A gradient transformation.
 
     Raises:
-      ValueError: `radius` is not positive and finite, or `update` is called without the
-        parameters.
+      ValueError: `radius` is no number, or not positive and finite, or `update` is called without
+        the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     >>> import jax.numpy as jnp, optax, spherical_optax as so
@@ -98,16 +99,26 @@ def reproject_to_sphere(
     >>> so.group_norm(optax.apply_updates(x, updates), channel_axes=())
     Array([5.], dtype=float32)
     """
-    if radius is not None and not isinstance(radius, jax.core.Tracer):
-        if not 0 < float(radius) < math.inf:
+    if radius is not None:
+        if isinstance(radius, str) or jnp.shape(radius) != ():
+            raise ValueError(
+                f"radius={radius!r} is not one number; None keeps the radius of each group"
+            )
+        if not isinstance(radius, jax.core.Tracer) and not 0 < float(radius) < math.inf:
             raise ValueError(f"radius={radius!r} is not a positive finite number")
 
     def init_fn(params):
-        def stored(leaf) -> Any:
-            return norm(widen(leaf.value), leaf.axes) if leaf.axes else jnp.zeros([], jnp.float32)
+        def stored(leaf: Leaf) -> jax.Array:
+            if not leaf.spherical:
+                return jnp.zeros([], jnp.float32)
+            if isinstance(leaf.value, jax.ShapeDtypeStruct):
+                return zeros_per_group(leaf.value, leaf.groups)
+            return group_norm(leaf.value, channel_axes=leaf.channel_axes)
 
-        radii = map_selected(stored, channel_axes, params)
-        return ReprojectToSphereState(radii) if radius is None else optax.EmptyState()
+        if radius is not None:
+            select(params, channel_axes)  # raises if it does not fit
+            return optax.EmptyState()
+        return ReprojectToSphereState(map_selected(stored, channel_axes, params))
 
     def update_fn(updates, state, params=None):
         def leaf(axes, u, x, target):
@@ -170,7 +181,7 @@ def normalize_per_group(*, channel_axes: ChannelAxes) -> optax.GradientTransform
         del params
 
         def leaf(axes, u):
-            return (divide_or(u, norm(u, axes), 0.0) if axes else u,)
+            return (u / nonzero(norm(u, axes)) if axes else u,)
 
         (updates,) = map_leaves(leaf, channel_axes, updates)
         return updates, state

@@ -3,7 +3,9 @@
 Each group of an array x is a point on the sphere of radius |x| around 0; a vector at x has the
 shape of x. Sums run in float32 at least; results have the dtype of the vector, or of the point,
 that they move. A group of zeros has no direction, and a group of one element is a sign without
-tangents: both are treated as flat space, so nothing here is NaN.
+tangents: both are treated as flat space, so nothing here makes a NaN; a NaN or an infinity that goes
+in comes out, in its group. Norms are squared on the way: in float32 they should lie between 1e-19
+and 1e19, within which results are exact to rounding.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from spherical_optax._groups import (
     Axes,
     divide_or,
     inner,
+    in_view,
     norm,
-    reduction_axes,
+    nonzero,
     squared_norm,
-    widen,
+    zero_where,
 )
 
 Transport = Literal["rescale", "isometric", "none"]
@@ -35,9 +38,7 @@ def tangent(x: jax.Array, v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def radial_share(v: jax.Array, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """`<v, x> / |x|²` on widened arrays, 0 where x is zero."""
-    sq_norm = squared_norm(x, axes)
-    # Not `divide_or`, whose last choice XLA would make anew for each element.
-    return inner(v, x, axes) / jnp.where(sq_norm == 0, jnp.inf, sq_norm)
+    return inner(v, x, axes) / nonzero(squared_norm(x, axes))
 
 
 def check_transport(transport: str) -> None:
@@ -48,27 +49,35 @@ def check_transport(transport: str) -> None:
 
 
 def transport_momentum(
-    x: jax.Array, momentum: jax.Array, axes: tuple[int, ...], transport: Transport
+    x: jax.Array,
+    momentum: jax.Array,
+    sq_norm: jax.Array,
+    axes: tuple[int, ...],
+    transport: Transport,
 ) -> jax.Array:
     """Brings a momentum that was built before the last step to the point `x` that it led to.
 
     The step was collinear with the momentum, so `P_x` is the published rescaling and transport
     ("rescale"), and `P_x` at unchanged length is the parallel transport of a tangent momentum
-    ("isometric"); neither needs the previous point.
+    ("isometric"); neither needs the previous point. `sq_norm` is |x|², infinite where x is zero.
     """
     if transport == "none" or not axes:
         return momentum
-    share = radial_share(momentum, x, axes)
+    along = inner(momentum, x, axes)
+    share = along / sq_norm
     projected = momentum - share * x
     if transport == "rescale":
         return projected
+    before = squared_norm(momentum, axes)
+    return projected * isometric_stretch(before, before - share * along)
+
+
+def isometric_stretch(before: jax.Array, after: jax.Array) -> jax.Array:
+    """What gives a projected momentum its length again; `before` is |m|², `after` |P_x(m)|²."""
     # For a tangent momentum the stretch is 1/cos of the angle travelled. Above 2 it was radial
     # rather than tangent, and stretching would make steps of the rest, which is rounding. Below 2,
     # |P_x(m)|² by Pythagoras does not cancel, and saves a pass over the elements.
-    before = squared_norm(momentum, axes)
-    after = before - share * share * squared_norm(x, axes)
-    squared_stretch = divide_or(before, jnp.where(4 * after > before, after, before), 1.0)
-    return projected * jnp.sqrt(squared_stretch)
+    return jnp.sqrt(divide_or(before, jnp.where(4 * after > before, after, before), 1.0))
 
 
 def project_to_tangent(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax.Array:
@@ -79,13 +88,13 @@ def project_to_tangent(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax
     Args:
       x: points.
       v: vectors of the same shape.
-      channel_axes: axes that index groups; `()` for one group.
+      channel_axes: axes that index groups, or `blocks` of one; `()` for one group.
 
     Returns:
       The tangent vectors, in the dtype of `v`.
 
     Raises:
-      ValueError: an axis is out of range or named twice.
+      ValueError: an axis is out of range or named twice, or blocks do not divide theirs.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> x = jnp.array([[3.0, 1.0], [4.0, 0.0]])
@@ -93,8 +102,7 @@ def project_to_tangent(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax
     >>> abs(so.group_inner(v, x, channel_axes=-1)).max() < 1e-6
     Array(True, dtype=bool)
     """
-    axes = reduction_axes(x.shape, channel_axes)
-    return tangent(widen(x), widen(v), axes).astype(v.dtype)
+    return in_view(tangent, channel_axes, x, v).astype(v.dtype)
 
 
 def retract(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax.Array:
@@ -105,29 +113,31 @@ def retract(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax.Array:
     Args:
       x: points.
       v: vectors of the same shape, tangent or not.
-      channel_axes: axes that index groups; `()` for one group.
+      channel_axes: axes that index groups, or `blocks` of one; `()` for one group.
 
     Returns:
       Points of the same norms as `x`, in its dtype. Where x or x + v is zero, x + v.
 
     Raises:
-      ValueError: an axis is out of range or named twice.
+      ValueError: an axis is out of range or named twice, or blocks do not divide theirs.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> so.retract(jnp.array([3.0, 0.0]), jnp.array([0.0, 3.0]), channel_axes=()).round(4)
     Array([2.1213, 2.1213], dtype=float32)
     """
-    axes = reduction_axes(x.shape, channel_axes)
-    wide = widen(x)
-    return to_radius(wide + widen(v), norm(wide, axes), axes).astype(x.dtype)
+
+    def moved(x: jax.Array, v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        return to_radius(x + v, norm(x, axes), axes)
+
+    return in_view(moved, channel_axes, x, v).astype(x.dtype)
 
 
 def to_radius(y: jax.Array, radius: jax.Array | float, axes: tuple[int, ...]) -> jax.Array:
     """`radius y / |y|` on widened arrays; `y` itself where it or its radius is zero."""
     if not axes:
         return y
-    scale = divide_or(jnp.asarray(radius, y.dtype), norm(y, axes), 1.0)
-    return y * jnp.where(scale == 0, 1.0, scale)
+    radius = jnp.asarray(radius, y.dtype)
+    return y * jnp.where(radius == 0, 1.0, divide_or(radius, norm(y, axes), 1.0))
 
 
 def exp_map(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax.Array:
@@ -138,25 +148,27 @@ def exp_map(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax.Array:
     Args:
       x: points.
       v: tangent vectors at `x` (see `project_to_tangent`); the angle travelled is |v|/|x| radians.
-      channel_axes: axes that index groups; `()` for one group.
+      channel_axes: axes that index groups, or `blocks` of one; `()` for one group.
 
     Returns:
       Points of the same norms as `x`, in its dtype. Where x is zero, x + v.
 
     Raises:
-      ValueError: an axis is out of range or named twice.
+      ValueError: an axis is out of range or named twice, or blocks do not divide theirs.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> x, v = jnp.array([2.0, 0.0]), jnp.array([0.0, jnp.pi])  # a quarter of a turn
     >>> abs(so.exp_map(x, v, channel_axes=()) - jnp.array([0.0, 2.0])).max() < 1e-6
     Array(True, dtype=bool)
     """
-    axes = reduction_axes(x.shape, channel_axes)
-    point, vector = widen(x), widen(v)
-    if not axes:
-        return (point + vector).astype(x.dtype)
-    t = divide_or(norm(vector, axes), norm(point, axes), 0.0)
-    return (jnp.cos(t) * point + jnp.sinc(t / jnp.pi) * vector).astype(x.dtype)
+
+    def moved(x: jax.Array, v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        if not axes:
+            return x + v
+        t = norm(v, axes) / nonzero(norm(x, axes))
+        return jnp.cos(t) * x + jnp.sinc(t / jnp.pi) * v
+
+    return in_view(moved, channel_axes, x, v).astype(x.dtype)
 
 
 def parallel_transport(
@@ -172,31 +184,33 @@ def parallel_transport(
       x: points where the vectors are.
       y: points of the same shape where they go; their norms don't matter.
       v: tangent vectors at `x`.
-      channel_axes: axes that index groups; `()` for one group.
+      channel_axes: axes that index groups, or `blocks` of one; `()` for one group.
 
     Returns:
       Tangent vectors at `y`, in the dtype of `v`. To the antipode -x, to which no shortest way
       leads, and from or to a zero group `v` itself.
 
     Raises:
-      ValueError: an axis is out of range or named twice.
+      ValueError: an axis is out of range or named twice, or blocks do not divide theirs.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> x, y, v = jnp.array([1.0, 0, 0]), jnp.array([0, 1.0, 0]), jnp.array([0, 3.0, 4.0])
     >>> so.parallel_transport(x, y, v, channel_axes=())
     Array([-3.,  0.,  4.], dtype=float32)
     """
-    axes = reduction_axes(x.shape, channel_axes)
-    if not axes:
-        return v
-    start, end, vector = (widen(array) for array in (x, y, v))
-    u = divide_or(start, norm(start, axes), 0.0)
-    w = divide_or(end, norm(end, axes), 0.0)
-    # 1 + <u, w> = |u + w|²/2, which does not cancel near the antipode.
-    middle = u + w
-    factor = divide_or(2 * inner(vector, w, axes), inner(middle, middle, axes), 0.0)
-    factor = jnp.where(norm(start, axes) == 0, 0.0, factor)
-    return (vector - factor * middle).astype(v.dtype)
+
+    def moved(x: jax.Array, y: jax.Array, v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        if not axes:
+            return v
+        x_norm = norm(x, axes)
+        u = x / nonzero(x_norm)
+        w = y / nonzero(norm(y, axes))
+        # 1 + <u, w> = |u + w|²/2, which does not cancel near the antipode.
+        middle = u + w
+        factor = 2 * inner(v, w, axes) / nonzero(squared_norm(middle, axes))
+        return v - zero_where(x_norm == 0, factor) * middle
+
+    return in_view(moved, channel_axes, x, y, v).astype(v.dtype)
 
 
 def angle(x: jax.Array, y: jax.Array, *, channel_axes: Axes) -> jax.Array:
@@ -209,25 +223,24 @@ def angle(x: jax.Array, y: jax.Array, *, channel_axes: Axes) -> jax.Array:
     Args:
       x: points.
       y: points of the same shape.
-      channel_axes: axes that index groups; `()` for one group.
+      channel_axes: axes that index groups, or `blocks` of one; `()` for one group.
 
     Returns:
       Angles in radians, in [0, π], with the summed axes kept at size 1; 0 where x or y is zero.
 
     Raises:
-      ValueError: an axis is out of range or named twice.
+      ValueError: an axis is out of range or named twice, or blocks do not divide theirs.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> so.angle(jnp.array([1.0, 0.0]), jnp.array([5.0, 5e-3]), channel_axes=())
     Array([0.001], dtype=float32)
     """
-    return angle_between(widen(x), widen(y), reduction_axes(x.shape, channel_axes))
+    return in_view(angle_between, channel_axes, x, y)
 
 
 def angle_between(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """`angle` on widened arrays."""
     x_norm, y_norm = norm(x, axes), norm(y, axes)
-    u = divide_or(x, x_norm, 0.0)
-    w = divide_or(y, y_norm, 0.0)
+    u, w = x / nonzero(x_norm), y / nonzero(y_norm)
     theta = 2 * jnp.arctan2(norm(u - w, axes), norm(u + w, axes))
-    return jnp.where((x_norm == 0) | (y_norm == 0), 0.0, theta)
+    return zero_where((x_norm == 0) | (y_norm == 0), theta)

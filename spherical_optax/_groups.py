@@ -1,60 +1,177 @@
 """Groups: the weights that share one sphere, and sums over them.
 
-`channel_axes` names the axes that *index* groups. This module alone turns it into the axes that a
-sum runs over (its *reduction axes*); everything below works on those. An empty tuple of reduction
-axes means that every element is alone: the classic, element-wise optimizer.
+`channel_axes` names the axes that *index* groups. This module alone turns it into a *layout*: a
+view of the array, and the axes of the view that a sum over a group runs over (its *reduction
+axes*). Everything else works on those. No reduction axes means that every element is alone: the
+classic, element-wise optimizer.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
-Axes = int | Sequence[int] | None
+
+@dataclass(frozen=True)  # and no tuple, which would be axes
+class Blocks:
+    """A value of `channel_axes`: blocks of one axis index groups; made by `blocks`."""
+
+    axis: int
+    count: int
+    channel_axes: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        rest = f", channel_axes={self.channel_axes}" if self.channel_axes else ""
+        return f"so.blocks({self.axis}, {self.count}{rest})"
 
 
-def reduction_axes(shape: Sequence[int], channel_axes: Axes) -> tuple[int, ...]:
-    """Returns the axes that a group spans, in ascending order; `()` if it is one element.
+Axes = int | Sequence[int] | Blocks | None
+
+
+def blocks(axis: int, count: int, *, channel_axes: int | Sequence[int] = ()) -> Blocks:
+    """Splits an axis into equal consecutive blocks, each of which is on a sphere of its own.
+
+    A value of any `channel_axes`, for what is normalised by blocks of channels: a convolution
+    before GroupNorm is `blocks(-1, num_groups)`, and the heads of a flat projection
+    `(features, heads · head_dim)` with normalised queries and keys are `blocks(-1, heads)`.
+
+    Args:
+      axis: the axis to split, negative ones counted from the end.
+      count: number of blocks, at least 1; it divides the axis.
+      channel_axes: other axes that index groups, such as 0 for layers stacked by a scan.
+
+    Returns:
+      A hashable value: each block, together with each index of `channel_axes`, is one group.
+
+    Raises:
+      TypeError: an argument is not an integer.
+      ValueError: `count` is below 1. Where it is used: an axis is out of range or named twice, or
+        `count` does not divide it.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> query = jnp.ones((9, 2 * 4))  # two heads of four
+    >>> so.group_norm(query, channel_axes=so.blocks(-1, 2))
+    Array([[6., 6.]], dtype=float32)
+    """
+    others = channel_axes if isinstance(channel_axes, Sequence) else (channel_axes,)
+    axis, count, *rest = (_integer(value, "blocks") for value in (axis, count, *others))
+    if count < 1:
+        raise ValueError(f"blocks: count={count} is below 1")
+    return Blocks(axis, count, tuple(rest))
+
+
+class Layout(NamedTuple):
+    """How the groups of an array lie in it."""
+
+    shape: tuple[int, ...]  # of the array
+    counts: tuple[int, ...]  # of groups along each of its axes: 1 where a group spans the axis
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Reduction axes of the view, in ascending order; `()` if a group is one element."""
+        return tuple(axis for axis, (_, summed) in enumerate(self._view) if summed)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of a group, d."""
+        return group_size([n for n, _ in self._view], self.axes)
+
+    def view(self, x: jax.Array) -> jax.Array:
+        """The array, or one with a number per group or for all, in the shape to compute in."""
+        if x.ndim == 0:
+            return x
+        whole = x.shape == self.shape
+        return x.reshape([n if whole or not summed else 1 for n, summed in self._view])
+
+    def unview(self, x: jax.Array) -> jax.Array:
+        """Undoes `view`."""
+        return x.reshape(self.shape if x.size == math.prod(self.shape) else self.counts)
+
+    @property
+    def _view(self) -> list[tuple[int, bool]]:
+        """Size of each axis of the view, and whether a group spans it; blocks split an axis."""
+        axes = []
+        for n, count in zip(self.shape, self.counts, strict=True):
+            if 1 < count < n:
+                axes += [(count, False), (n // count, True)]
+            else:
+                axes.append((n, count < n))
+        return axes
+
+
+def layout(shape: Sequence[int], channel_axes: Axes) -> Layout:
+    """Resolves `channel_axes` for an array.
 
     Args:
       shape: shape of the array.
-      channel_axes: axes that index groups, negative ones counted from the end; `()` makes the
-        whole array one group; `None` makes every element its own group. A scalar has no axes to
-        choose from and accepts any.
+      channel_axes: axes that index groups, negative ones counted from the end; `blocks` of an axis;
+        `()` makes the whole array one group; `None` makes every element its own group. A scalar has
+        no axes to choose from and accepts any.
 
     Raises:
-      TypeError: `channel_axes` is neither an integer, nor a sequence of integers, nor `None`.
-      ValueError: an axis is out of range or named twice.
+      TypeError: `channel_axes` is neither an integer, nor a sequence of integers, nor `blocks`, nor
+        `None`.
+      ValueError: an axis is out of range or named twice, or blocks do not divide their axis.
     """
-    rank = len(shape)
+    shape = tuple(shape)
+    rank, classic = len(shape), Layout(shape, shape)
     if channel_axes is None:
-        return ()
-    named = channel_axes if isinstance(channel_axes, Sequence) else (channel_axes,)
-    try:
-        named = tuple(operator.index(axis) for axis in named)
-    except TypeError:
-        raise TypeError(
-            f"channel_axes={channel_axes!r} is not an int, a tuple of ints, None, or a callable "
-            "(path, leaf) -> one of these, such as so.by_path({'conv': -1})"
-        ) from None
+        return classic
+    named = channel_axes
+    if isinstance(channel_axes, Blocks):
+        named = (channel_axes.axis, *channel_axes.channel_axes)
+    elif not isinstance(channel_axes, Sequence):
+        named = (channel_axes,)
+    named = [_integer(axis, f"channel_axes={channel_axes!r}") for axis in named]
     if rank == 0:
-        return ()
+        return classic
     for axis in named:
         if not -rank <= axis < rank:
             raise ValueError(
-                f"channel_axes={channel_axes!r} is out of range for shape {tuple(shape)}; use axes "
+                f"channel_axes={channel_axes!r} is out of range for shape {shape}; use axes "
                 f"in [{-rank}, {rank - 1}], or None for the classic treatment"
             )
     kept = {axis % rank for axis in named}
     if len(kept) != len(named):
-        raise ValueError(f"channel_axes={channel_axes!r} names an axis of {tuple(shape)} twice")
-    axes = tuple(axis for axis in range(rank) if axis not in kept)
-    return axes if math.prod(shape) > 0 and group_size(shape, axes) > 1 else ()
+        raise ValueError(f"channel_axes={channel_axes!r} names an axis of {shape} twice")
+    counts = [n if axis in kept else 1 for axis, n in enumerate(shape)]
+    if isinstance(channel_axes, Blocks):
+        length = shape[channel_axes.axis]
+        if length % channel_axes.count:
+            raise ValueError(
+                f"channel_axes={channel_axes!r}: {channel_axes.count} blocks do not divide axis "
+                f"{channel_axes.axis} of shape {shape}, which has {length} elements"
+            )
+        counts[channel_axes.axis] = channel_axes.count
+    return Layout(shape, tuple(counts)) if math.prod(shape) > 0 else classic
+
+
+def _integer(value: Any, what: str) -> int:
+    if isinstance(value, bool) or getattr(value, "dtype", None) == bool:
+        raise TypeError(
+            f"{what}: {value!r} is no axis; for a condition write "
+            "lambda path, leaf: -1 if condition else None"
+        )
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{what} holds an array, and axes are known before tracing; with "
+            "optax.inject_hyperparams pass static_args='channel_axes'"
+        )
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{what} is not an int, a tuple of ints, so.blocks(axis, count), None, or a callable "
+            "(path, leaf) -> one of these, such as so.by_path({'conv': -1})"
+        ) from None
 
 
 def group_size(shape: Sequence[int], axes: tuple[int, ...]) -> int:
@@ -62,12 +179,44 @@ def group_size(shape: Sequence[int], axes: tuple[int, ...]) -> int:
     return math.prod(shape[axis] for axis in axes)
 
 
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype for arithmetic: float32, or the given one if that is wider."""
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return dtype
+    is_wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32
+    return dtype if is_wide else jnp.dtype("float32")
+
+
 def widen(x: ArrayLike) -> jax.Array:
-    """Returns `x` in the dtype for arithmetic: float32, or its own dtype if that is wider."""
+    """Returns `x` in the dtype for arithmetic."""
     x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 32:
-        return x
-    return x if jnp.issubdtype(x.dtype, jnp.complexfloating) else x.astype(jnp.float32)
+    return x.astype(wide_dtype(x.dtype))
+
+
+def zeros_per_group(x: Any, groups: Layout) -> jax.Array:
+    """A zero for each group, in the real dtype for arithmetic, where `x` or its shape says."""
+    dtype = jnp.finfo(wide_dtype(x.dtype)).dtype
+    if isinstance(x, jax.core.Tracer):
+        # The sum is never computed, but has the sharding, and the mesh axes to vary over.
+        return groups.unview(
+            jnp.zeros_like(squared_norm(groups.view(widen(x)), groups.axes), dtype)
+        )
+    device, sharding = None, getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        unnamed = [None] * (len(groups.shape) - len(sharding.spec))
+        axes = zip([*sharding.spec, *unnamed], groups.counts, strict=True)
+        spec = (names if _divides(sharding, names, count) else None for names, count in axes)
+        device = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return jnp.zeros_like(x, dtype, groups.counts, device=device)
+
+
+def _divides(sharding: NamedSharding, names: Any, n: int) -> bool:
+    """Whether the mesh axes of one entry of a `PartitionSpec` divide an axis of n > 1 groups."""
+    if names is None or n == 1:
+        return False
+    names = (names,) if isinstance(names, str) else names
+    return n % math.prod(sharding.mesh.shape[name] for name in names) == 0
 
 
 def inner(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -91,7 +240,8 @@ def squared_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Norm over reduction axes; its derivative at 0 is 0 and not NaN."""
     square = squared_norm(x, axes)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    zero = square == 0  # and not `square > 0`, which would take a NaN for zero
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
 def divide_or(numerator: jax.Array, denominator: jax.Array, otherwise: ArrayLike) -> jax.Array:
@@ -100,19 +250,41 @@ def divide_or(numerator: jax.Array, denominator: jax.Array, otherwise: ArrayLike
     return jnp.where(zero, otherwise, numerator / jnp.where(zero, 1, denominator))
 
 
+def nonzero(denominator: jax.Array) -> jax.Array:
+    """Infinity in place of 0: what is divided by it is 0 then."""
+    # Not `divide_or`, whose last choice XLA would make anew for each element.
+    return jnp.where(denominator == 0, jnp.inf, denominator)
+
+
+def zero_where(condition: jax.Array, x: jax.Array) -> jax.Array:
+    """Zero in place of a finite x; what is not finite stays a NaN."""
+    return jnp.where(condition, 0 * x, x)
+
+
+def in_view(fn: Callable[..., jax.Array], channel_axes: Axes, *arrays: jax.Array) -> jax.Array:
+    """Calls `fn(*arrays, axes)` on the widened views of arrays of one shape."""
+    shapes = [jnp.shape(array) for array in arrays]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"the arrays have the shapes {', '.join(map(str, shapes))} and not one")
+    groups = layout(shapes[0], channel_axes)
+    return groups.unview(fn(*(groups.view(widen(array)) for array in arrays), groups.axes))
+
+
 def group_inner(x: jax.Array, y: jax.Array, *, channel_axes: Axes) -> jax.Array:
     """Inner product `<x, y>` of each group.
 
     Args:
       x: array of any shape.
       y: array of the same shape.
-      channel_axes: axes that index groups; `()` for one group, `None` for one group per element.
+      channel_axes: axes that index groups, or `blocks` of one; `()` for one group, `None` for one
+        group per element.
 
     Returns:
-      The inner products, summed in float32 at least, with the summed axes kept at size 1.
+      The inner products, summed in float32 at least: the summed axes stay with size 1, and an axis
+      of blocks with their number.
 
     Raises:
-      ValueError: an axis is out of range or named twice.
+      ValueError: an axis is out of range or named twice, or blocks do not divide theirs.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> x = jnp.ones((3, 3, 16, 32))
@@ -120,7 +292,7 @@ def group_inner(x: jax.Array, y: jax.Array, *, channel_axes: Axes) -> jax.Array:
     >>> products.shape, float(products[0, 0, 0, 5])
     ((1, 1, 1, 32), 288.0)
     """
-    return inner(widen(x), widen(y), reduction_axes(x.shape, channel_axes))
+    return in_view(inner, channel_axes, x, y)
 
 
 def group_norm(x: jax.Array, *, channel_axes: Axes) -> jax.Array:
@@ -128,17 +300,19 @@ def group_norm(x: jax.Array, *, channel_axes: Axes) -> jax.Array:
 
     Args:
       x: array of any shape.
-      channel_axes: axes that index groups; `()` for one group, `None` for one group per element.
+      channel_axes: axes that index groups, or `blocks` of one; `()` for one group, `None` for one
+        group per element.
 
     Returns:
-      The norms, summed in float32 at least, with the summed axes kept at size 1. The gradient at a
-      group of zeros is zero.
+      The norms, summed in float32 at least: the summed axes stay with size 1, and an axis of blocks
+      with their number. The gradient at a group of zeros is zero. Squares have the range of the
+      sum's dtype: in float32, norms from 1e-19 to 1e19 are exact to rounding.
 
     Raises:
-      ValueError: an axis is out of range or named twice.
+      ValueError: an axis is out of range or named twice, or blocks do not divide theirs.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> so.group_norm(jnp.array([[3.0, 0.0], [4.0, 0.0]]), channel_axes=-1)
     Array([[5., 0.]], dtype=float32)
     """
-    return norm(widen(x), reduction_axes(x.shape, channel_axes))
+    return in_view(norm, channel_axes, x)

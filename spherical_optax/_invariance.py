@@ -14,11 +14,17 @@ import optax
 from jax.typing import ArrayLike
 
 from spherical_optax._geometry import to_radius
-from spherical_optax._groups import Axes, divide_or, inner, norm, reduction_axes, widen
-from spherical_optax._selection import ChannelAxes, is_hole, named_leaves, select
+from spherical_optax._groups import Axes, Blocks, Layout, inner, layout, nonzero, norm, widen
+from spherical_optax._selection import (
+    ChannelAxes,
+    is_hole,
+    named_leaves,
+    refuse_schedule_call,
+    select,
+)
 
 LossFn = Callable[[Any, Any], ArrayLike]
-Named = int | tuple[int, ...]  # channel_axes of a spherical leaf
+Named = int | tuple[int, ...] | Blocks  # channel_axes of a spherical leaf
 # Per output channel, per input channel, per layer of a stack, per layer and channel, whole tensor.
 _CANDIDATES = (-1, -2, 0, (0, -1), ())
 _COPIES = 3
@@ -44,8 +50,9 @@ class InvariantGroups(NamedTuple):
 
     leaves: tuple[Evidence, ...]
 
-    def __call__(self, path: str, leaf: Any) -> Named | None:
-        del leaf
+    def __call__(self, path: str, leaf: Any = ...) -> Named | None:
+        """The `channel_axes` of a leaf."""
+        refuse_schedule_call(leaf)
         return self._of(path).axes
 
     def evidence(self, path: str) -> str:
@@ -204,7 +211,7 @@ def _measure(
         value, grads = jax.value_and_grad(loss)(arrays, batch)
         least = _rounding(value) / tolerance
         leaves = zip(arrays, grads, groups, strict=True)
-        return value, [[_radial(x, g, axes, least) for axes in tried] for x, g, tried in leaves]
+        return value, [[_radial(x, g, it, least) for it in tried] for x, g, tried in leaves]
 
     value_of = jax.jit(loss)
     for batch in batches:
@@ -222,12 +229,12 @@ def _measure(
     found = {path: Evidence(path, None, "no candidate") for path, x in named if not is_hole(x)}
     for place, path in enumerate(paths):
         failed = []
-        for (axes, channel_axes), radial in zip(groups[place].items(), largest[place], strict=True):
+        for (it, channel_axes), radial in zip(groups[place].items(), largest[place], strict=True):
             _check_finite(radial, f"{path}: the gradient of loss_fn")
             if radial > tolerance:
                 failed.append(Evidence(path, None, "not invariant", radial))
                 continue
-            rescaled, turned, rounding = _changes(value_of, points, place, axes)
+            rescaled, turned, rounding = _changes(value_of, points, place, it)
             ratio = rescaled / turned if turned else math.inf
             if ratio <= tolerance and turned > rounding:
                 found[path] = Evidence(path, channel_axes, "invariant", radial, ratio)
@@ -242,21 +249,18 @@ def _measure(
     return InvariantGroups(tuple(found.values()))
 
 
-def _distinct(shape: tuple[int, ...], tried: Sequence[Axes]) -> dict[tuple[int, ...], Named]:
-    """What of `tried` fits a shape, by reduction axes, the finest first, no partition twice."""
-    partitions = {}
+def _distinct(shape: tuple[int, ...], tried: Sequence[Axes]) -> dict[Layout, Named]:
+    """What of `tried` fits a shape, the finest first, no partition twice."""
+    partitions: dict[Layout, Named] = {}
     for channel_axes in tried:
         try:
-            axes = reduction_axes(shape, channel_axes)
+            groups = layout(shape, channel_axes)
         except ValueError:
             continue
-        if axes and channel_axes is not None:
+        if groups.axes and channel_axes is not None:
             named = tuple(channel_axes) if isinstance(channel_axes, Sequence) else channel_axes
-            spanned = tuple(axis for axis in axes if shape[axis] > 1)
-            partitions.setdefault(spanned, named)
-    return dict(
-        sorted(partitions.items(), key=lambda item: math.prod(shape[axis] for axis in item[0]))
-    )
+            partitions.setdefault(groups, named)
+    return dict(sorted(partitions.items(), key=lambda item: item[0].size))
 
 
 @jax.jit
@@ -282,23 +286,23 @@ def _perturb(key: jax.Array, arrays: list[jax.Array]) -> tuple[list[jax.Array], 
     return perturbed, directions
 
 
-def _radial(x: jax.Array, g: jax.Array, axes: tuple[int, ...], least: jax.Array) -> jax.Array:
+def _radial(x: jax.Array, g: jax.Array, groups: Layout, least: jax.Array) -> jax.Array:
     """Largest |<g, x>| / (|g| |x|) of a group; `least` replaces denominators below it."""
-    x, g = widen(x), widen(g)
-    whole = jnp.maximum(norm(g, axes) * norm(x, axes), least.astype(x.dtype))
-    return jnp.max(divide_or(jnp.abs(inner(g, x, axes)), whole, 0.0))
+    x, g = groups.view(widen(x)), groups.view(widen(g))
+    whole = jnp.maximum(norm(g, groups.axes) * norm(x, groups.axes), least.astype(x.dtype))
+    return jnp.max(jnp.abs(inner(g, x, groups.axes)) / nonzero(whole))
 
 
 def _changes(
     value_of: Callable[[list[jax.Array], Any], jax.Array],
     points: list[tuple[list[jax.Array], list[jax.Array], Any, jax.Array]],
     place: int,
-    axes: tuple[int, ...],
+    groups: Layout,
 ) -> list[float]:
     """R and D of `find_invariant_groups` for the array at `place`, and what rounding explains."""
     changes = []
     for arrays, directions, batch, value in points:
-        moved = _move(arrays[place], directions[place], axes)
+        moved = _move(arrays[place], directions[place], groups)
         values = [value_of([*arrays[:place], x, *arrays[place + 1 :]], batch) for x in moved]
         some, others, turned = (jnp.abs(other - value) for other in values)
         changes.append(jnp.stack([jnp.maximum(some, others), turned, _rounding(value)]))
@@ -306,17 +310,19 @@ def _changes(
 
 
 @partial(jax.jit, static_argnums=2)
-def _move(x: jax.Array, direction: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+def _move(x: jax.Array, direction: jax.Array, groups: Layout) -> tuple[jax.Array, ...]:
     """`x` with some of its groups doubled and the others halved, the inverse, and `x` turned.
 
     Powers of 2 pass through products and sums without rounding in any precision.
     """
-    wide = widen(x)
-    draw = jnp.sum(direction, axes, keepdims=True)
+    wide = groups.view(widen(x))
+    direction = groups.view(direction.astype(wide.dtype))
+    draw = jnp.sum(direction, groups.axes, keepdims=True)
     some = draw > draw.mean()  # of two groups and more, neither all nor none
-    turned = to_radius(direction.astype(wide.dtype), norm(wide, axes), axes)
+    turned = to_radius(direction, norm(wide, groups.axes), groups.axes)
     factor = jnp.where(some, 2.0, 0.5).astype(wide.dtype)
-    return tuple(y.astype(x.dtype) for y in (factor * wide, wide / factor, turned))
+    moved = (factor * wide, wide / factor, turned)
+    return tuple(y.reshape(x.shape).astype(x.dtype) for y in moved)
 
 
 def _rounding(value: jax.Array) -> jax.Array:
@@ -345,7 +351,7 @@ def _check_candidates(candidates: Any, params: optax.Params) -> Sequence[Axes]:
         raise TypeError(f"candidates={candidates!r} is not a sequence such as [-1, (0, -1)]")
     shapes = [leaf.shape for _, leaf in named_leaves(params) if _is_floating(leaf)]
     for axes in candidates:
-        reduction_axes((), axes)  # for its TypeError
+        layout((), axes)  # for its TypeError
         if not any(_distinct(shape, [axes]) for shape in shapes):
             raise ValueError(f"candidates: {axes!r} makes groups of no parameter")
     return candidates

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from spherical_optax._groups import widen
 from spherical_optax._selection import ChannelAxes, Leaf, is_hole, named_leaves, select
@@ -23,9 +24,9 @@ def map_leaves(
     """Calls `fn(axes, update, *states, param)` for each leaf and returns the trees of its results.
 
     `fn` returns the new update and the new states, in this order; `param` is left out if `params`
-    is None. It works in one dtype, that of the update or float32 if that is narrower; its results
-    go back to the dtypes of what they replace. Positions without an update stay as they are, with
-    their states.
+    is None. It works on the views of a layout, whose reduction axes are `axes`, and in one dtype,
+    that of the update or float32 if that is narrower; its results go back to the shapes and dtypes
+    of what they replace. Positions without an update stay as they are, with their states.
 
     Raises:
       ValueError: the trees differ; the message names the first such path.
@@ -41,8 +42,8 @@ def map_leaves(
             results.append(old)
             continue
         old = [jnp.asarray(value) for value in old]
-        new = fn(leaf.axes, *_in_one_dtype(old))
-        results.append([a.astype(b.dtype) for a, b in zip(new, old, strict=False)])
+        new = fn(leaf.groups.axes, *map(leaf.groups.view, _in_one_dtype(old)))
+        results.append([a.reshape(b.shape).astype(b.dtype) for a, b in zip(new, old, strict=False)])
     return tuple(
         jax.tree.unflatten(
             jax.tree.structure(tree, is_leaf=is_hole), [result[i] for result in results]
@@ -61,9 +62,9 @@ def map_groups(
 ) -> Any:
     """Calls `fn(axes, leaf, *others)` for each spherical leaf; returns the tree of its results.
 
-    `fn` works in the dtype of the leaf, or in float32 if that is narrower, on arrays of one shape,
-    to which those of the tree named `broadcast` are broadcast. Positions without a spherical leaf
-    are `None` in the result.
+    `fn` works in the dtype of the leaf, or in float32 if that is narrower, on views of arrays of one
+    shape, to which those of the tree named `broadcast` are broadcast, and returns one number per
+    group. Positions without a spherical leaf are `None` in the result.
 
     Raises:
       ValueError: the trees differ; the message names the first such path.
@@ -83,9 +84,13 @@ def map_groups(
     results = []
     for leaf, *values in zip(leaves, *columns, strict=True):
         result = None
-        if leaf.axes:
-            whole = [jnp.broadcast_to(value, leaf.value.shape) for value in (leaf.value, *values)]
-            result = fn(leaf.axes, *_in_one_dtype(whole))
+        if leaf.spherical:
+            result = leaf.groups.unview(
+                fn(
+                    leaf.groups.axes,
+                    *_in_one_dtype([_whole(a, leaf) for a in (leaf.value, *values)]),
+                )
+            )
         results.append(result)
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_hole), results)
 
@@ -120,12 +125,14 @@ def _aligned(
             has, lacks = theirs, ours
         raise ValueError(f"{odd}: in {has} but not at this place in {lacks}; {remedy}")
     for leaf, (path, value) in zip(leaves, named, strict=True):
-        if leaf.skipped or (spheres_only and not leaf.axes):
+        if leaf.skipped or (spheres_only and not leaf.spherical):
             continue
         if is_hole(value):
             raise ValueError(f"{path}: in {ours} but not in {theirs}")
         shape, other = jnp.shape(leaf.value), jnp.shape(value)
-        if not (shape == other if exact else _broadcasts(other, shape)):
+        if other != shape and (
+            exact or not (_broadcasts(other, shape) or other == leaf.groups.counts)
+        ):
             raise ValueError(f"{path}: {shape} in {ours} but {other} in {theirs}; {remedy}")
     return [value for _, value in named]
 
@@ -133,6 +140,14 @@ def _aligned(
 def _in_one_dtype(arrays: list[jax.Array]) -> list[jax.Array]:
     dtype = jnp.finfo(widen(arrays[0]).dtype).dtype
     return [widen(array) if jnp.iscomplexobj(array) else array.astype(dtype) for array in arrays]
+
+
+def _whole(value: ArrayLike, leaf: Leaf) -> jax.Array:
+    """A view of what is broadcast to the shape of a leaf: that, a number per group, or less."""
+    groups, value = leaf.groups, jnp.asarray(value)
+    if value.shape not in (groups.shape, groups.counts):
+        value = jnp.broadcast_to(value, groups.shape)
+    return jnp.broadcast_to(groups.view(value), groups.view(leaf.value).shape)
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike
 
 from spherical_optax._geometry import angle_between, radial_share, tangent
-from spherical_optax._groups import divide_or, inner, norm
+from spherical_optax._groups import inner, nonzero, norm, squared_norm, zero_where
 from spherical_optax._leaves import map_groups
 from spherical_optax._selection import ChannelAxes
 
@@ -188,11 +188,10 @@ def effective_learning_rate(
 
     def rate(axes: tuple[int, ...], x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         eta = jnp.asarray(learning_rate, x.dtype)
-        direction = divide_or(a, b, 0.0)
-        square = inner(x, x, axes)
+        square = squared_norm(x, axes)
         root_mean_square = jnp.sqrt(jnp.mean(b * b, axis=axes, keepdims=True))
-        plain = divide_or(eta, square * root_mean_square, 0.0)
-        return plain / (1 - eta * radial_share(direction, x, axes))
+        share = inner(a / nonzero(b), x, axes) / nonzero(square)
+        return eta / nonzero(square * root_mean_square) / (1 - eta * share)
 
     if jax.tree_util.all_leaves([division]) and not getattr(division, "shape", ()):
         division = jax.tree.map(lambda _: division, params)
@@ -208,22 +207,15 @@ def turned(axes: tuple[int, ...], x: jax.Array, s: jax.Array) -> jax.Array:
     """Angle between x and x + s."""
     ahead = norm(x, axes) * (1 + radial_share(s, x, axes))
     theta = jnp.arctan2(norm(tangent(x, s, axes), axes), ahead)
-    return jnp.where(norm(x, axes) == 0, 0.0, theta)
+    return zero_where(norm(x, axes) == 0, theta)
 
 
 def radial_part(axes: tuple[int, ...], x: jax.Array, v: jax.Array) -> jax.Array:
     """`|<v, x>| / (|v| |x|)`."""
-    share = divide_or(abs(inner(v, x, axes)), norm(v, axes) * norm(x, axes), 0.0)
+    share = abs(inner(v, x, axes)) / nonzero(norm(v, axes) * norm(x, axes))
     return jnp.minimum(share, 1.0)  # rounding may exceed it
 
 
 def deformed(axes: tuple[int, ...], x: jax.Array, s: jax.Array, g: jax.Array) -> jax.Array:
     """Angle between the tangent parts of s and -g."""
     return angle_between(tangent(x, s, axes), -tangent(x, g, axes), axes)
-
-
-def observed_rate(axes: tuple[int, ...], x: jax.Array, s: jax.Array, g: jax.Array) -> jax.Array:
-    """`tan θ / (r |P_x(g)|)`: how far the step turns x per length of the gradient at u = x/r."""
-    of_gradient = inner(x, x, axes) * norm(tangent(x, g, axes), axes)
-    plain = divide_or(norm(tangent(x, s, axes), axes), of_gradient, 0.0)
-    return jnp.where(plain == 0, 0.0, plain / (1 + radial_share(s, x, axes)))

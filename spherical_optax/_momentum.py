@@ -7,6 +7,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._geometry import Transport, check_transport, transport_momentum
+from spherical_optax._groups import nonzero, squared_norm
 from spherical_optax._leaves import map_leaves, need_params
 from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes, select
@@ -57,7 +58,9 @@ def trace_rt(
         params = need_params(params, "trace_rt")
 
         def leaf(axes, g, trace, x):
-            trace = transport_momentum(x, trace, axes, transport)
+            if axes and transport != "none":
+                sq_norm = nonzero(squared_norm(x, axes))
+                trace = transport_momentum(x, trace, sq_norm, axes, transport)
             trace = jnp.asarray(1 - dampening, g.dtype) * g + jnp.asarray(decay, g.dtype) * trace
             return trace, trace
 
@@ -74,6 +77,7 @@ def sgd_mrt(
     dampening: ArrayLike = 0.0,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     channel_axes: ChannelAxes,
+    accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD-MRT: SGD whose momentum is rescaled and transported to each new point.
 
@@ -92,6 +96,7 @@ def sgd_mrt(
       dampening: share of each gradient that is left out, in [0, 1]; the first one's too.
       weight_decay: coupled L2, on every leaf: a number or a schedule, not negative.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+      accumulator_dtype: dtype of the stored buffer; by default that of the parameters.
 
     Returns:
       A gradient transformation.
@@ -111,6 +116,11 @@ def sgd_mrt(
     """
     return optax.chain(
         add_coupled_decay(weight_decay, "sgd_mrt"),
-        trace_rt(momentum, dampening=dampening, channel_axes=channel_axes),
+        trace_rt(
+            momentum,
+            dampening=dampening,
+            channel_axes=channel_axes,
+            accumulator_dtype=accumulator_dtype,
+        ),
         scale_by_learning_rate(learning_rate),
     )

@@ -8,16 +8,18 @@ module. A selection is asked anew for each tree that it meets and compares names
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._groups import Axes, group_size, reduction_axes
+from spherical_optax._groups import Axes, Blocks, Layout, layout
 
 ChannelAxes = Axes | Callable[[str, Any], Axes]
 
@@ -25,15 +27,28 @@ ChannelAxes = Axes | Callable[[str, Any], Axes]
 class ByPath(NamedTuple):
     """A selection by path; made by `by_path`."""
 
-    rules: tuple[tuple[str, int | tuple[int, ...] | None], ...]
+    rules: tuple[tuple[str, int | tuple[int, ...] | Blocks | None], ...]
     require_match: bool
 
-    def __call__(self, path: str, leaf: Any) -> int | tuple[int, ...] | None:
-        del leaf
-        for pattern, axes in self.rules:
-            if re.search(pattern, path):
-                return axes
-        return None
+    def __call__(self, path: str, leaf: Any = ...) -> int | tuple[int, ...] | Blocks | None:
+        """The `channel_axes` of a leaf."""
+        refuse_schedule_call(leaf)
+        rule = self.first_match(path)
+        return None if rule is None else self.rules[rule][1]
+
+    def first_match(self, path: str) -> int | None:
+        """The number of the rule that decides on a path."""
+        found = (i for i, (pattern, _) in enumerate(self.rules) if re.search(pattern, path))
+        return next(found, None)
+
+
+def refuse_schedule_call(leaf: Any) -> None:
+    """Raises `TypeError` if a selection was called with one argument only."""
+    if leaf is ...:
+        raise TypeError(
+            "a selection is called as (path, leaf); optax.inject_hyperparams calls it like a "
+            "schedule, unless it is given static_args='channel_axes'"
+        )
 
 
 def by_path(rules: Mapping[str, Axes], *, require_match: bool = True) -> ByPath:
@@ -43,26 +58,35 @@ def by_path(rules: Mapping[str, Axes], *, require_match: bool = True) -> ByPath:
       rules: regular expressions, searched in the path (`layers/0/conv1/kernel`), each with the
         `channel_axes` of the leaves where it is found. The first match wins; a leaf without a
         match is classic, as is one whose rule says `None`.
-      require_match: whether a rule that is found in no path is an error wherever the selection is
-        used. Turn it off where a link sees a part of the tree only.
+      require_match: whether a rule that does nothing is an error wherever the selection is used:
+        one that decides on no leaf, or on classic ones only though it names axes. Turn it off where
+        a link sees a part of the tree only.
 
     Returns:
       A hashable callable `(path, leaf) -> axes` for any `channel_axes` argument.
 
     Raises:
+      TypeError: `rules` is no mapping from strings to values of `channel_axes`.
       ValueError: a rule is not a regular expression.
 
     >>> import jax.numpy as jnp, spherical_optax as so
-    >>> axes = so.by_path({r"conv|shortcut": -1, r"stack/kernel": (0, -1)})
+    >>> axes = so.by_path({r"conv|shortcut": -1, r"stack/kernel": (0, -1), "query": so.blocks(-1, 8)})
     >>> axes("layers/0/conv1/kernel", None), axes("head/kernel", None)
     (-1, None)
     """
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"by_path: {rules!r} is not a mapping such as {{'conv': -1}}")
     normalised = []
     for pattern, axes in rules.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"by_path: {pattern!r} is not a string such as 'conv'")
         try:
             re.compile(pattern)
+            layout((), axes)  # for its TypeError
         except re.error as error:
             raise ValueError(f"by_path: {pattern!r} is not a regular expression: {error}") from None
+        except TypeError as error:
+            raise TypeError(f"by_path: the rule {pattern!r}: {error}") from None
         normalised.append((pattern, tuple(axes) if isinstance(axes, Sequence) else axes))
     return ByPath(tuple(normalised), require_match)
 
@@ -86,7 +110,7 @@ def path_mask(
     """
 
     def mask(tree: optax.Params) -> optax.Params:
-        return map_selected(lambda leaf: bool(leaf.axes) != invert, channel_axes, tree)
+        return map_selected(lambda leaf: leaf.spherical != invert, channel_axes, tree)
 
     return mask
 
@@ -111,7 +135,9 @@ def path_labels(
     """
 
     def labels(tree: optax.Params) -> optax.Params:
-        return map_selected(lambda leaf: spherical if leaf.axes else classic, channel_axes, tree)
+        return map_selected(
+            lambda leaf: spherical if leaf.spherical else classic, channel_axes, tree
+        )
 
     return labels
 
@@ -125,29 +151,64 @@ def describe(params: optax.Params, channel_axes: ChannelAxes) -> str:
 
     Returns:
       A line for each leaf: path, shape, and groups × dimension or "classic"; with a selection from
-      `find_invariant_groups`, what it measured too.
+      `find_invariant_groups`, what it measured too. Above 40 lines, repeated layers share one
+      (`blocks/0…11/conv/kernel`). The last line has the totals.
+
+    Raises:
+      ValueError, TypeError: the selection does not fit the parameters.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> params = {"conv": jnp.ones((3, 3, 8, 16)), "bias": jnp.ones(16)}
-    >>> print(so.describe(params, so.by_path({"conv": -1})))
+    >>> print(so.describe(params, so.by_path({"conv": so.blocks(-1, 4)})))
     path  shape     groups × dimension
     bias  16        classic
-    conv  3×3×8×16  16 × 72
+    conv  3×3×8×16  4 × 288, 4 blocks of axis -1
+    2 leaves, 1,168 parameters, 98.6 % of them on spheres
     """
     # By name, because `find_invariant_groups` stands above this file and uses it.
     evidence = getattr(channel_axes, "evidence", None)
-    rows = [("path", "shape", "groups × dimension", "measured" if evidence else "")]
-    for leaf in select(params, channel_axes):
-        if leaf.skipped:
-            continue
-        shape = getattr(leaf.value, "shape", ())
-        size = group_size(shape, leaf.axes)
-        groups = f"{math.prod(shape) // size} × {size}" if leaf.axes else "classic"
-        measured = evidence(leaf.path) if evidence else ""
-        rows.append((leaf.path, "×".join(map(str, shape)) or "scalar", groups, measured))
+    leaves = [leaf for leaf in select(params, channel_axes) if not leaf.skipped]
+    rows = []
+    for leaf in leaves:
+        shape = "×".join(map(str, leaf.groups.shape)) or "scalar"
+        rows.append((leaf.path, shape, str(leaf), evidence(leaf.path) if evidence else ""))
+    if len(rows) > 40:
+        rows = _repeated_once(rows)
+    rows.insert(0, ("path", "shape", "groups × dimension", "measured" if evidence else ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    total = sum(leaf.number for leaf in leaves)
+    share = sum(leaf.number for leaf in leaves if leaf.spherical) / max(total, 1)
+    counted = f"{len(leaves)} leaves, {total:,} parameters"
+    return "\n".join([*lines, f"{counted}, {100 * share:.1f} % of them on spheres"])
+
+
+def _repeated_once(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """One row in place of those that differ in numbers of the path, and in figures measured."""
+    families: dict[tuple[str, ...], list[list[str]]] = {}
+    for path, shape, groups, measured in rows:
+        numbers = re.findall(r"(?<![^/])\d+(?![^/])", path)
+        verdict = measured.split(" (")[0]
+        pattern = re.sub(r"(?<![^/])\d+(?![^/])", "{}", path.replace("{", "{{").replace("}", "}}"))
+        families.setdefault((pattern, shape, groups, verdict), []).append(numbers)
+    merged = []
+    for (pattern, *rest), members in families.items():
+        columns = [sorted(set(map(int, column))) for column in zip(*members, strict=True)]
+        if len(members) == math.prod(map(len, columns)):
+            members = [[_ranges(column) for column in columns]]
+        merged += [(pattern.format(*numbers), *rest) for numbers in members]
+    return merged
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as text: `0…3,5`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(f"{run[0]}…{run[-1]}" if run[1:] else f"{run[0]}" for run in runs)
 
 
 class Leaf(NamedTuple):
@@ -155,48 +216,108 @@ class Leaf(NamedTuple):
 
     path: str
     value: Any
-    axes: tuple[int, ...]  # reduction axes; () is the classic treatment
+    groups: Layout
+    channel_axes: Axes
+
+    @property
+    def spherical(self) -> bool:
+        """Whether a group has more than one element; else the treatment is the classic one."""
+        return self.groups.shape != self.groups.counts
 
     @property
     def skipped(self) -> bool:
         """Whether nothing is here: `None`, or the place of a leaf that `optax.masked` hides."""
         return is_hole(self.value)
 
+    @property
+    def number(self) -> int:
+        """Number of elements."""
+        return math.prod(self.groups.shape)
+
+    def __str__(self) -> str:
+        if not self.spherical:
+            return "classic"
+        text = f"{math.prod(self.groups.counts)} × {self.groups.size}"
+        if isinstance(self.channel_axes, Blocks):
+            text += f", {self.channel_axes.count} blocks of axis {self.channel_axes.axis}"
+        return text
+
 
 def select(tree: optax.Params, channel_axes: ChannelAxes) -> list[Leaf]:
     """Resolves `channel_axes` for each leaf of a tree.
 
     Raises:
-      ValueError: a rule of `by_path` is found in no path, or an axis is out of range.
-      TypeError: a spherical leaf is not of a real floating dtype, or the axes are no axes.
+      ValueError: a rule of `by_path` does nothing, two leaves have one path, or the axes do not fit
+        a shape.
+      TypeError: a spherical leaf is not of a real floating dtype, the axes are no axes, or the
+        callable is none of `(path, leaf)`.
     """
-    named = named_leaves(tree)
-    if isinstance(channel_axes, ByPath) and channel_axes.require_match and named:
-        for pattern, _ in channel_axes.rules:
-            if not any(re.search(pattern, path) for path, _ in named):
-                paths = "\n  ".join(path for path, _ in named)
-                raise ValueError(
-                    f"by_path: no parameter path matches the rule {pattern!r}; correct it, or pass "
-                    f"require_match=False where a link sees only a part of the tree. Paths:\n"
-                    f"  {paths}"
-                )
+    if callable(channel_axes):
+        _check_arity(channel_axes)
     leaves = []
-    for path, value in named:
+    for path, value in named_leaves(tree):
         if is_hole(value) or not hasattr(value, "shape"):
-            leaves.append(Leaf(path, value, ()))
+            shape = jnp.shape(value) if not is_hole(value) else ()
+            leaves.append(Leaf(path, value, Layout(shape, shape), None))
             continue
         wanted = channel_axes(path, value) if callable(channel_axes) else channel_axes
         try:
-            axes = reduction_axes(value.shape, wanted)
+            leaf = Leaf(path, value, layout(value.shape, wanted), wanted)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from None
-        if axes and not jnp.issubdtype(value.dtype, jnp.floating):
+        if leaf.spherical and not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(
                 f"{path}: parameters on a sphere are real floating-point numbers, not "
                 f"{value.dtype}; convert them, or give this path channel_axes None"
             )
-        leaves.append(Leaf(path, value, axes))
+        leaves.append(leaf)
+    if isinstance(channel_axes, ByPath) and channel_axes.require_match and leaves:
+        _check_rules(channel_axes, leaves)
     return leaves
+
+
+def _check_arity(channel_axes: Callable[[str, Any], Axes]) -> None:
+    try:
+        signature = inspect.signature(channel_axes)
+    except ValueError:  # some built-in functions have none
+        return
+    try:
+        signature.bind("path", "leaf")
+    except TypeError:
+        name = getattr(channel_axes, "__qualname__", repr(channel_axes))
+        raise TypeError(
+            f"channel_axes: {name}{signature} cannot be called as (path, leaf) -> axes; masks and "
+            "labels (so.path_mask, so.path_labels) are not selections, but made from them"
+        ) from None
+
+
+def _check_rules(axes: ByPath, leaves: list[Leaf]) -> None:
+    """Raises `ValueError` for the first rule that does nothing."""
+    decides = [
+        [leaf for leaf in leaves if axes.first_match(leaf.path) == i]
+        for i in range(len(axes.rules))
+    ]
+    for (pattern, wanted), decided in zip(axes.rules, decides, strict=True):
+        if not any(re.search(pattern, leaf.path) for leaf in leaves):
+            problem = f"no parameter path matches the rule {pattern!r}; correct it"
+        elif not decided:
+            problem = (
+                f"the rule {pattern!r} is never the first to match; put it before the rule that "
+                "takes its paths"
+            )
+        elif wanted is not None and not any(leaf.spherical or leaf.skipped for leaf in decided):
+            problem = (
+                f"the rule {pattern!r} puts nothing on a sphere: with channel_axes={wanted!r} each "
+                f"group of {decided[0].path} {decided[0].groups.shape} has one element; give it "
+                "None or other axes"
+            )
+        else:
+            continue
+        paths = "\n  ".join(leaf.path for leaf in leaves)
+        raise ValueError(
+            f"by_path: {problem}, or pass require_match=False where a link sees only a part of the "
+            f"tree. Paths:\n  {paths}"
+        )
 
 
 def map_selected(
@@ -216,16 +337,33 @@ def is_hole(x: Any) -> bool:
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """The paths and leaves of a tree, and its holes."""
-    return [
-        (_name(path), value)
-        for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)
+    """The paths and leaves of a tree, and its holes.
+
+    Raises:
+      ValueError: two leaves have one path.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)
+    # An nnx.Variable holds its array in the attribute `value`, which `nnx.Optimizer` shows to init
+    # and not to update. Beside others, `value` is a name like `query` and `key`.
+    children = Counter(
+        node for path, _ in leaves for node in {path[:depth] for depth in range(len(path))}
+    )
+    names = [
+        jax.tree_util.keystr(
+            path[:-1] if _is_value(path) and children[path[:-1]] == 1 else path,
+            simple=True,
+            separator="/",
+        )
+        for path, _ in leaves
     ]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(
+            f"{twice}: the path of two leaves; rename one, so that paths tell them apart"
+        )
+    return [(name, value) for name, (_, value) in zip(names, leaves, strict=True)]
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    # An nnx.Variable holds its array in the attribute `value`; `nnx.Optimizer` shows it to init
-    # and not to update.
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def _is_value(path: tuple[Any, ...]) -> bool:
+    last = path[-1] if path else None
+    return isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"

@@ -11,7 +11,7 @@ import optax
 
 from spherical_optax._groups import norm, widen
 from spherical_optax._leaves import need_params
-from spherical_optax._measures import deformed, observed_rate, radial_part, turned
+from spherical_optax._measures import deformed, radial_part, turned
 from spherical_optax._selection import ChannelAxes, is_hole, named_leaves, select
 
 # The rows and columns of the state's arrays; the last row only where there is one momentum.
@@ -87,7 +87,7 @@ def with_geometry(
         momenta = _momenta(inner_state)
         leaves: Any = {}
         for leaf in select(params, channel_axes):
-            if leaf.axes:
+            if leaf.spherical:
                 found = momenta.get(leaf.path)
                 has_momentum = found is not None and found.shape == leaf.value.shape
                 rows = len(MEASURES) if has_momentum else len(MEASURES) - 1
@@ -113,7 +113,7 @@ def with_geometry(
             measured = dict(state.leaves)
             for leaf in select(updates, channel_axes):
                 path, old = leaf.path, state.leaves.get(leaf.path)
-                if leaf.axes and old is not None:
+                if leaf.spherical and old is not None:
                     shape = getattr(points.get(path), "shape", None)
                     if shape != leaf.value.shape:
                         raise ValueError(
@@ -122,7 +122,7 @@ def with_geometry(
                         )
                     momentum = momenta.get(path) if len(old) == len(MEASURES) else None
                     arrays = points[path], grads[path], moves[path], momentum
-                    measured[path] = _measure(leaf.axes, *arrays).astype(old.dtype)
+                    measured[path] = _measure(leaf.groups.axes, *arrays).astype(old.dtype)
             return measured
 
         if every == 1:
@@ -187,7 +187,6 @@ def _measure(
     g, s, *momentum = (vector.astype(x.dtype) for vector in vectors)
     rows = [
         turned(axes, x, s),
-        observed_rate(axes, x, s, g),
         norm(x, axes),
         radial_part(axes, x, s),
         deformed(axes, x, s, g),

@@ -1,0 +1,93 @@
+"""Moments, coupled decay and bias correction: what the Adams here share.
+
+An array without reduction axes runs through the same lines and comes out as in Adam.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from spherical_optax._groups import squared_norm, zeros_per_group
+from spherical_optax._selection import ChannelAxes, map_selected
+
+
+def zero_moments(
+    params: optax.Params, channel_axes: ChannelAxes, mu_dtype: DTypeLike | None
+) -> tuple[optax.Updates, optax.Updates]:
+    """The first moments and the groups' second moments at init."""
+    nu = map_selected(lambda leaf: zeros_per_group(leaf.value, leaf.groups), channel_axes, params)
+    return optax.tree.zeros_like(params, dtype=mu_dtype), nu
+
+
+def decay_at(count: ArrayLike, weight_decay: optax.ScalarOrSchedule | None) -> ArrayLike | None:
+    """The weight decay of a step, counted from 0; None where there is none to add."""
+    if weight_decay is None or isinstance(weight_decay, int | float) and weight_decay == 0:
+        return None
+    return weight_decay(count) if callable(weight_decay) else weight_decay
+
+
+def decay_gradient(
+    g: jax.Array,
+    x: jax.Array | None,
+    decay: ArrayLike | None,
+    nu: jax.Array,
+    axes: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adds coupled decay: the gradient, its squared norm, and nu as it was."""
+    if decay is None or x is None:
+        return g, squared_norm(g, axes), nu
+    rate = jnp.asarray(decay, g.dtype)
+    if not axes:
+        g = g + rate * x
+        return g, squared_norm(g, axes), nu
+    # On a CPU XLA would write the decayed gradient to memory, as the sum and the update both read
+    # it. Behind barriers each has one of its own, which is fused; nu makes the barriers of
+    # different leaves differ. The update's waits for the sum, so that a leaf's sums come together.
+    own_rate, nu = jax.lax.optimization_barrier((rate, nu))
+    square = squared_norm(g + own_rate * x, axes)
+    rate, square = jax.lax.optimization_barrier((rate, square))
+    return g + rate * x, square, nu
+
+
+def average(new: jax.Array, old: jax.Array, decay: ArrayLike) -> jax.Array:
+    """The moving average `(1 - decay) new + decay old`."""
+    # 1 - decay is taken before any rounding to the arrays' dtype.
+    return jnp.asarray(1 - decay, new.dtype) * new + jnp.asarray(decay, new.dtype) * old
+
+
+def bias_correction(decay: ArrayLike, count: ArrayLike) -> jax.Array:
+    """`1 - decay^t`, which an average of equal values from 0 on has reached after t steps."""
+    wide = jnp.result_type(float)  # float64 where float64 arrays are possible
+    return 1 - jnp.asarray(decay, wide) ** jnp.asarray(count, wide)
+
+
+def adam_step(
+    mu: jax.Array,
+    nu: jax.Array,
+    correction1: jax.Array,
+    correction2: jax.Array,
+    eps: ArrayLike,
+    axes: tuple[int, ...],
+) -> jax.Array:
+    """`mu/(1 - b1^t) / (sqrt(nu/(1 - b2^t)) + eps)`, in the order of Optax's operations."""
+    if not axes:
+        return mu / correction1.astype(mu.dtype) / root_mean_square(nu, correction2, eps)
+    return mu * step_per_momentum(nu, correction1, correction2, eps)
+
+
+def step_per_momentum(
+    nu: jax.Array, correction1: jax.Array, correction2: jax.Array, eps: ArrayLike
+) -> jax.Array:
+    """What `adam_step` multiplies a group's momentum by: one division per group, not per element."""
+    return 1 / (correction1.astype(nu.dtype) * root_mean_square(nu, correction2, eps))
+
+
+def root_mean_square(nu: jax.Array, correction2: jax.Array, eps: ArrayLike) -> jax.Array:
+    """`sqrt(nu/(1 - b2^t)) + eps`, kept from 0, so that without a gradient nothing moves."""
+    root = jnp.sqrt(nu / correction2.astype(nu.dtype)) + jnp.asarray(eps, nu.dtype)
+    return jnp.maximum(root, jnp.asarray(math.sqrt(jnp.finfo(nu.dtype).tiny), nu.dtype))
