@@ -36,7 +36,7 @@ class Tree(NamedTuple):
 
     params: optax.Params
     grads: optax.Updates
-    channel_axes: Callable[[str, Any], int | tuple[int, ...] | None]
+    channel_axes: so.ByPath
 
 
 class Program(NamedTuple):

@@ -13,7 +13,7 @@ from spherical_optax._geometry import (
     isometric_stretch,
     transport_momentum,
 )
-from spherical_optax._groups import inner, nonzero, squared_norm
+from spherical_optax._groups import nonzero, product, squared_norm
 from spherical_optax._leaves import map_leaves, need_params
 from spherical_optax._moments import (
     adam_step,
@@ -177,21 +177,24 @@ def _adam_g(
             if not axes:
                 step, mu, nu = classic_step(g, mu, nu, b1, b2, eps, *corrections)
                 return -eta * step, mu, nu
-            xx, gg, mm = (squared_norm(v, axes) for v in (x, g, mu))
-            xg, xm, gm = inner(x, g, axes), inner(x, mu, axes), inner(g, mu, axes)
+            xx, gg, mm = (product(v, v, axes) for v in (x, g, mu))
+            xg, xm, gm = (product(v, w, axes) for v, w in ((x, g), (x, mu), (g, mu)))
             radius = radius_or_1(xx)
             share = xm / nonzero(xx)
             left = mm - share * xm
-            # mu <- old (mu - share x) + new g, and its products with itself and with x.
+            # mu <- old (mu - share x) + new g, whose product with x is new xg.
             old = jnp.asarray(b1, g.dtype) * isometric_stretch(mm, left)
             new = jnp.asarray(1 - b1, g.dtype) * radius
-            mu = old * mu - (old * share) * x + new * g
-            mm = old * (old * left + 2 * new * (gm - share * xg)) + new * new * gg
-            xm = new * xg
-            nu = average(radius**2 * gg, nu, b2)
+            # Changes nothing. But on a CPU XLA copies a momentum that does not wait for its sums.
+            new = jax.lax.select(jnp.isnan(gm), jnp.full_like(gm, jnp.nan), new)
+            mu = old * (mu - share * x) + new * g
+            gg, twice = radius**2 * gg, 2 * new
+            mm = old * (old * left + twice * (gm - share * xg))
+            mm = mm + jnp.asarray((1 - b1) ** 2, g.dtype) * gg
+            nu = average(gg, nu, b2)
             step = eta * radius * step_per_momentum(nu, *corrections, eps)
-            there = jnp.maximum(xx + step * (step * mm - 2 * xm), 0)
-            scale = jnp.where(there == 0, 1, jax.lax.rsqrt(there))
+            square = xx + step * (step * mm - twice * xg)  # of x - step mu
+            scale = jax.lax.rsqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))
             return scale * (x - step * mu) - x, mu, nu
 
         updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
@@ -202,7 +205,7 @@ def _adam_g(
 
 def radius_or_1(sq_norm: jax.Array) -> jax.Array:
     """The radius of a group; 1 of a group of zeros."""
-    return jnp.sqrt(jnp.where(sq_norm == 0, 1, sq_norm))
+    return jnp.sqrt(jax.lax.select(sq_norm == 0, jnp.ones_like(sq_norm), sq_norm))
 
 
 def classic_step(

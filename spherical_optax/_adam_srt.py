@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
@@ -100,18 +101,17 @@ def _scale_by_adam_srt(
             g, square, nu = decay_gradient(g, x, decay, nu, axes)
             size = group_size(g.shape, axes)
             square = square / size
-            if axes and transport != "none":
-                sq_norm = squared_norm(x, axes)
-                divisor = nonzero(sq_norm)
-                mu = transport_momentum(x, mu, divisor, axes, transport)
-            mu = average(g, mu, b1)
+            sq_norm = squared_norm(x, axes)
+            divisor = nonzero(sq_norm)
+            mu = average(g, transport_momentum(x, mu, divisor, axes, transport), b1)
             if axes and transport == "rescale":
                 # nu is of |x| g, which stays as it is from one radius to the next. A group of zeros
                 # has none: its gradient counts for this step alone, as if all had been like it. So
                 # does that of a group too small for |x|² |g|².
                 nu = average(sq_norm * square, nu, b2)
                 here = nu / divisor
-                here = jnp.where(here == 0, correction2.astype(here.dtype) * square, here)
+                alone = correction2.astype(here.dtype) * square
+                here = jax.lax.select(here == 0, alone, here)
             else:
                 nu = here = average(square, nu, b2)
             eps_d = eps / math.sqrt(size)

@@ -3,9 +3,9 @@
 Each group of an array x is a point on the sphere of radius |x| around 0; a vector at x has the
 shape of x. Sums run in float32 at least; results have the dtype of the vector, or of the point,
 that they move. A group of zeros has no direction, and a group of one element is a sign without
-tangents: both are treated as flat space, so nothing here makes a NaN; a NaN or an infinity that goes
-in comes out, in its group. Norms are squared on the way: in float32 they should lie between 1e-19
-and 1e19, within which results are exact to rounding.
+tangents: both are treated as flat space, so nothing here makes a NaN. A NaN or an infinity that
+goes in comes out, in its group. Norms are squared on the way: in float32 they should lie between
+1e-19 and 1e19, where results are exact to rounding.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from spherical_optax._groups import (
     Axes,
     divide_or,
-    inner,
     in_view,
-    norm,
+    inner,
     nonzero,
+    norm,
     squared_norm,
     zero_where,
 )
@@ -77,7 +77,8 @@ def isometric_stretch(before: jax.Array, after: jax.Array) -> jax.Array:
     # For a tangent momentum the stretch is 1/cos of the angle travelled. Above 2 it was radial
     # rather than tangent, and stretching would make steps of the rest, which is rounding. Below 2,
     # |P_x(m)|² by Pythagoras does not cancel, and saves a pass over the elements.
-    return jnp.sqrt(divide_or(before, jnp.where(4 * after > before, after, before), 1.0))
+    squared = jax.lax.select(4 * after > before, before / nonzero(after), jnp.ones_like(before))
+    return jnp.sqrt(squared)
 
 
 def project_to_tangent(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax.Array:

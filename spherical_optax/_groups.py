@@ -125,12 +125,11 @@ def layout(shape: Sequence[int], channel_axes: Axes) -> Layout:
     rank, classic = len(shape), Layout(shape, shape)
     if channel_axes is None:
         return classic
-    named = channel_axes
     if isinstance(channel_axes, Blocks):
-        named = (channel_axes.axis, *channel_axes.channel_axes)
-    elif not isinstance(channel_axes, Sequence):
-        named = (channel_axes,)
-    named = [_integer(axis, f"channel_axes={channel_axes!r}") for axis in named]
+        axes: Sequence[Any] = (channel_axes.axis, *channel_axes.channel_axes)
+    else:
+        axes = channel_axes if isinstance(channel_axes, Sequence) else (channel_axes,)
+    named = [_integer(axis, f"channel_axes={channel_axes!r}") for axis in axes]
     if rank == 0:
         return classic
     for axis in named:
@@ -155,7 +154,7 @@ def layout(shape: Sequence[int], channel_axes: Axes) -> Layout:
 
 
 def _integer(value: Any, what: str) -> int:
-    if isinstance(value, bool) or getattr(value, "dtype", None) == bool:
+    if isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_:
         raise TypeError(
             f"{what}: {value!r} is no axis; for a condition write "
             "lambda path, leaf: -1 if condition else None"
@@ -219,15 +218,19 @@ def _divides(sharding: NamedSharding, names: Any, n: int) -> bool:
     return n % math.prod(sharding.mesh.shape[name] for name in names) == 0
 
 
+def product(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`inner` whose sum is not kept from what follows it."""
+    return jnp.sum(x * y, axis=axes, keepdims=True) if axes else x * y
+
+
 def inner(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Inner product over reduction axes, which stay with size 1; `x` and `y` are widened."""
-    product = x * y
+    total = product(x, y, axes)
     if not axes:
-        return product
-    total = jnp.sum(product, axis=axes, keepdims=True)
+        return total
     # Changes nothing. But XLA on a CPU draws into a sum's kernel what follows it, broadcasts to all
     # elements too, and then takes up to seven times as long; not so across a select.
-    return jnp.where(jnp.isnan(total), jnp.nan, total)
+    return jax.lax.select(jnp.isnan(total), jnp.full_like(total, jnp.nan), total)
 
 
 def squared_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -253,7 +256,7 @@ def divide_or(numerator: jax.Array, denominator: jax.Array, otherwise: ArrayLike
 def nonzero(denominator: jax.Array) -> jax.Array:
     """Infinity in place of 0: what is divided by it is 0 then."""
     # Not `divide_or`, whose last choice XLA would make anew for each element.
-    return jnp.where(denominator == 0, jnp.inf, denominator)
+    return jax.lax.select(denominator == 0, jnp.full_like(denominator, jnp.inf), denominator)
 
 
 def zero_where(condition: jax.Array, x: jax.Array) -> jax.Array:

@@ -32,9 +32,9 @@ def map_leaves(
       ValueError: the trees differ; the message names the first such path.
     """
     leaves = select(updates, channel_axes)
-    columns = [_aligned(leaves, tree, "the updates", "the optimizer's state") for tree in states]
+    columns = [aligned(leaves, tree, "the updates", "the optimizer's state") for tree in states]
     if params is not None:
-        columns.append(_aligned(leaves, params, "the updates", "the parameters", exact=True))
+        columns.append(aligned(leaves, params, "the updates", "the parameters", exact=True))
     results = []
     for leaf, *values in zip(leaves, *columns, strict=True):
         old = [leaf.value, *values]
@@ -62,16 +62,16 @@ def map_groups(
 ) -> Any:
     """Calls `fn(axes, leaf, *others)` for each spherical leaf; returns the tree of its results.
 
-    `fn` works in the dtype of the leaf, or in float32 if that is narrower, on views of arrays of one
-    shape, to which those of the tree named `broadcast` are broadcast, and returns one number per
-    group. Positions without a spherical leaf are `None` in the result.
+    `fn` works in the dtype of the leaf, or in float32 if that is narrower, on views of arrays of
+    one shape, to which those of the tree named `broadcast` are broadcast, and returns one number
+    per group. Positions without a spherical leaf are `None` in the result.
 
     Raises:
       ValueError: the trees differ; the message names the first such path.
     """
     leaves = select(tree, channel_axes)
     columns = [
-        _aligned(
+        aligned(
             leaves,
             other,
             "the parameters",
@@ -104,7 +104,7 @@ def need_params(params: optax.Params | None, link: str) -> optax.Params:
     return params
 
 
-def _aligned(
+def aligned(
     leaves: list[Leaf],
     tree: Any,
     ours: str,

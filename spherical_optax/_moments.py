@@ -83,7 +83,7 @@ def adam_step(
 def step_per_momentum(
     nu: jax.Array, correction1: jax.Array, correction2: jax.Array, eps: ArrayLike
 ) -> jax.Array:
-    """What `adam_step` multiplies a group's momentum by: one division per group, not per element."""
+    """What `adam_step` multiplies the momentum by: one division per group, not per element."""
     return 1 / (correction1.astype(nu.dtype) * root_mean_square(nu, correction2, eps))
 
 

@@ -58,9 +58,7 @@ def trace_rt(
         params = need_params(params, "trace_rt")
 
         def leaf(axes, g, trace, x):
-            if axes and transport != "none":
-                sq_norm = nonzero(squared_norm(x, axes))
-                trace = transport_momentum(x, trace, sq_norm, axes, transport)
+            trace = transport_momentum(x, trace, nonzero(squared_norm(x, axes)), axes, transport)
             trace = jnp.asarray(1 - dampening, g.dtype) * g + jnp.asarray(decay, g.dtype) * trace
             return trace, trace
 

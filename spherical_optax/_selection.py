@@ -70,7 +70,7 @@ def by_path(rules: Mapping[str, Axes], *, require_match: bool = True) -> ByPath:
       ValueError: a rule is not a regular expression.
 
     >>> import jax.numpy as jnp, spherical_optax as so
-    >>> axes = so.by_path({r"conv|shortcut": -1, r"stack/kernel": (0, -1), "query": so.blocks(-1, 8)})
+    >>> axes = so.by_path({"conv|short": -1, "stack/kernel": (0, -1), "query": so.blocks(-1, 8)})
     >>> axes("layers/0/conv1/kernel", None), axes("head/kernel", None)
     (-1, None)
     """
@@ -168,7 +168,7 @@ def describe(params: optax.Params, channel_axes: ChannelAxes) -> str:
     # By name, because `find_invariant_groups` stands above this file and uses it.
     evidence = getattr(channel_axes, "evidence", None)
     leaves = [leaf for leaf in select(params, channel_axes) if not leaf.skipped]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for leaf in leaves:
         shape = "×".join(map(str, leaf.groups.shape)) or "scalar"
         rows.append((leaf.path, shape, str(leaf), evidence(leaf.path) if evidence else ""))

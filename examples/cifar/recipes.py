@@ -7,11 +7,12 @@ defaults from here and still answer `--help` at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import optax
+
+    import spherical_optax as so
 
 EPOCHS = 405
 BATCH_SIZE = 128
@@ -146,7 +147,7 @@ def step_schedule(learning_rate: float, steps: tuple[int, ...]) -> optax.Schedul
     return optax.piecewise_constant_schedule(learning_rate, scales)
 
 
-def spheres() -> Callable[[str, Any], int | tuple[int, ...] | None]:
+def spheres() -> so.ByPath:
     """The selection: one group per output channel of each kernel whose path contains `conv`."""
     import spherical_optax as so
 
