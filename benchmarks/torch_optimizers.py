@@ -109,8 +109,8 @@ def torch_program(name: str, tree: Tree) -> Program:
     leaves, grads = jax.tree.leaves_with_path(tree.params), jax.tree.leaves(tree.grads)
     for (path, param), grad in zip(leaves, grads, strict=True):
         axes = tree.channel_axes(path_name(path), param)
-        tensor = _tensor(param, axes, device).requires_grad_()
-        tensor.grad = _tensor(grad, axes, device)
+        tensor = _tensor(param, axes == 0, device).requires_grad_()
+        tensor.grad = _tensor(grad, axes == 0, device)
         groups[axes is not None].append(tensor)
     both = [{"params": params, "spherical": spherical} for spherical, params in groups.items()]
     options = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY}
@@ -145,7 +145,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _tensor(x: jax.Array, axes: int | tuple[int, ...] | None, device: str) -> torch.Tensor:
+def _tensor(x: jax.Array, rows_first: bool, device: str) -> torch.Tensor:
     # Transposed, HWIO is OIWH and [in, out] is [out, in]; an embedding has its rows first already.
     array = np.asarray(x)
-    return torch.tensor(np.ascontiguousarray(array if axes == 0 else array.T), device=device)
+    return torch.tensor(np.ascontiguousarray(array if rows_first else array.T), device=device)

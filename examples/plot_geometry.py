@@ -46,7 +46,7 @@ for adamg, which has no decay on spheres.
 
 examples:
   python examples/plot_geometry.py runs/sgd runs/sgdmrt runs/adam runs/adamsrt
-  python examples/plot_geometry.py runs/three_seeds --measures effective_learning_rate,angle
+  python examples/plot_geometry.py runs/three_seeds --measures turn_per_gradient,angle
 """
 GEOMETRY = "geometry.jsonl"  # of a run
 MOST = 10  # columns
@@ -65,7 +65,7 @@ class Measure(NamedTuple):
 
 
 MEASURES = {  # by their names in geometry.jsonl
-    "effective_learning_rate": Measure("effective\nlearning rate"),
+    "turn_per_gradient": Measure("turn per length\nof gradient"),
     "angle": Measure("angle per step\n(rad)"),
     "radius": Measure("radius"),
     "momentum_radial_fraction": Measure("radial fraction\nof the momentum"),
@@ -164,7 +164,8 @@ def _read_run(directory: Path) -> Run | None:
     path = directory / GEOMETRY
     if not path.exists():
         raise Refused(f"{directory} was made without --geometry: it has no {GEOMETRY}")
-    metrics, measured = read_epochs(directory / METRICS), read_epochs(path)
+    metrics = read_epochs(directory / METRICS)
+    measured = [_unstacked(epoch) for epoch in read_epochs(path)]
     for line, epoch in enumerate(metrics, 1):
         place = f"{directory / METRICS}, line {line}"
         check_number(place, epoch, "learning_rate", sys.float_info.max)
@@ -190,6 +191,18 @@ def _read_run(directory: Path) -> Run | None:
     rates = np.array([epoch["learning_rate"] for epoch in metrics[:epochs]])
     predicted = equilibrium_angle(arguments["optimizer"], recipe, rates)
     return Run(directory, arguments, layers, curves, predicted)
+
+
+def _unstacked(epoch: dict[str, Any]) -> dict[str, Any]:
+    """Numbers the layers of a stack, whose figures are lists: `blocks/kernel/0`."""
+    figures = {}
+    for key, value in epoch.items():
+        layer, *names = key.rsplit("/", 2)
+        if isinstance(value, list):
+            figures |= {"/".join([layer, str(i), *names]): own for i, own in enumerate(value)}
+        else:
+            figures[key] = value
+    return figures
 
 
 def _depth(layer: str) -> tuple[int, list[tuple[int, str]]]:
