@@ -191,7 +191,8 @@ def effective_learning_rate(
         square = squared_norm(x, axes)
         root_mean_square = jnp.sqrt(jnp.mean(b * b, axis=axes, keepdims=True))
         share = inner(a / nonzero(b), x, axes) / nonzero(square)
-        return eta / nonzero(square * root_mean_square) / (1 - eta * share)
+        infinite = 0 * (share + root_mean_square)  # a NaN if one is infinite, else nothing
+        return eta / nonzero(square * root_mean_square) / (1 - eta * share) + infinite
 
     if jax.tree_util.all_leaves([division]) and not getattr(division, "shape", ()):
         division = jax.tree.map(lambda _: division, params)

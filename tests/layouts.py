@@ -3,9 +3,22 @@
 import jax.numpy as jnp
 import numpy as np
 
+import spherical_optax as so
 from oracle import rows
 
-LAYOUTS = [((3, 3, 4, 5), -1), ((6, 5), ()), ((2, 7, 5), (0, -1)), ((2, 3, 4), (1,))]
+# A shape, and `channel_axes`.
+LAYOUTS = [
+    ((3, 3, 4, 5), -1),
+    ((6, 5), ()),
+    ((2, 7, 5), (0, -1)),
+    ((2, 3, 4), (1,)),
+    ((5, 6), so.blocks(-1, 2)),
+    ((6, 2, 3), so.blocks(0, 3, channel_axes=-1)),
+]
+# How many groups lie along each axis.
+COUNTS = dict(
+    zip(LAYOUTS, [(1, 1, 1, 5), (1, 1), (2, 1, 5), (1, 3, 1), (1, 2), (3, 1, 3)], strict=True)
+)
 
 
 def random_arrays(shape, count, dtype="float64"):

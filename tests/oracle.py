@@ -7,15 +7,22 @@ and the new point at hand, as the papers write it and the library does not do it
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 
-def rows(x: np.ndarray, channel_axes: int | tuple[int, ...] | None) -> np.ndarray:
-    """The groups of an array as rows, in the order of `channel_axes`' indices."""
+def rows(x: np.ndarray, channel_axes: Any) -> np.ndarray:
+    """The groups of an array as rows, in the order of the axes that index them."""
     if channel_axes is None:
         return x.reshape(-1, 1)
-    axes = (channel_axes,) if isinstance(channel_axes, int) else channel_axes
+    if hasattr(channel_axes, "axis"):  # blocks: the same as an axis more
+        split = channel_axes.axis % x.ndim
+        others = [axis % x.ndim for axis in channel_axes.channel_axes]
+        x = x.reshape(*x.shape[:split], channel_axes.count, -1, *x.shape[split + 1 :])
+        axes = (split, *(axis + (axis > split) for axis in others))
+    else:
+        axes = (channel_axes,) if isinstance(channel_axes, int) else channel_axes
     kept = sorted(axis % x.ndim for axis in axes)
     groups = int(np.prod([x.shape[axis] for axis in kept]))
     return np.moveaxis(x, kept, range(len(kept))).reshape(groups, -1)

@@ -1,5 +1,8 @@
 """Groups and geometry: invariants over shapes, axes and dtypes, checked with NumPy."""
 
+import itertools
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import pytest
 from absl.testing import parameterized
 
 import spherical_optax as so
-from layouts import LAYOUTS, as_rows, random_arrays
+from layouts import COUNTS, LAYOUTS, as_rows, random_arrays
 from oracle import dot
 from oracle import parallel_transport as transported
 
@@ -27,14 +30,14 @@ def lengths(x, axes):
     return np.sqrt(dot(x, x))
 
 
-@pytest.mark.parametrize("shape, axes", LAYOUTS)
+@pytest.mark.parametrize("layout, counts", COUNTS.items())
 @pytest.mark.parametrize("dtype", EPS)
-def test_norms_and_products_are_summed_over_the_other_axes(shape, axes, dtype):
+def test_norms_and_products_are_summed_over_the_other_axes(layout, counts, dtype):
+    shape, axes = layout
     x, y = random_arrays(shape, 2, dtype)
     product = so.group_inner(x, y, channel_axes=axes)
     assert product.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
-    kept = {axis % len(shape) for axis in ((axes,) if isinstance(axes, int) else axes)}
-    assert product.shape == tuple(n if i in kept else 1 for i, n in enumerate(shape))
+    assert product.shape == counts
     expected = dot(as_rows(x, axes), as_rows(y, axes))
     np.testing.assert_allclose(product.ravel(), expected.ravel(), rtol=0, atol=2e-5)
     norms = so.group_norm(x, channel_axes=axes)
@@ -140,6 +143,34 @@ def test_values_and_gradients_are_finite_where_groups_are_zero(name, dtype):
     assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
 
 
+MEASURES = {
+    "angle_per_step": lambda x, y, v, **k: so.angle_per_step(x, v, **k),
+    "deformation": lambda x, y, v, **k: so.deformation(x, y, v, **k),
+    "effective_learning_rate": lambda x, y, v, **k: so.effective_learning_rate(0.1, x, y, v, **k),
+    "radial_fraction": lambda x, y, v, **k: so.radial_fraction(x, v, **k),
+    "radius": lambda x, y, v, **k: so.radius(x, **k),
+    "group_inner": lambda x, y, v, **k: so.group_inner(x, v, **k),
+}
+READ = {"angle": "xy", "group_norm": "x", "radius": "x"} | dict.fromkeys(
+    ("parallel_transport", "deformation", "effective_learning_rate"), "xyv"
+)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS | MEASURES)
+def test_what_is_not_finite_comes_out_in_its_group_alone(name):
+    function = jax.jit(partial((FUNCTIONS | MEASURES)[name], channel_axes=-1))
+    clean = np.random.default_rng(2).normal(size=(3, 4, 8)).astype("float32")
+    clean[0, :, 3], clean[1, :, 4], clean[2, :, 5] = 0, 0, 0  # zeros must not hide it
+    expected = np.asarray(function(*clean))
+    for argument, group in itertools.product(READ.get(name, "xv"), (2, 3, 4, 5)):
+        for bad in (np.nan, np.inf, -np.inf):
+            arrays = clean.copy()
+            arrays["xyv".index(argument), 1, group] = bad
+            out, others = np.asarray(function(*arrays)), np.arange(8) != group
+            np.testing.assert_array_equal(out[:, others], expected[:, others])
+            assert not np.isfinite(out[:, group]).all(), (argument, group, bad)
+
+
 @pytest.mark.parametrize("dtype", EPS)
 def test_zero_points_are_in_flat_space(dtype):
     x, y, v = random_arrays((4, 3), 3, dtype)
@@ -178,6 +209,12 @@ def test_the_antipode_has_no_shortest_way_and_gives_no_nan():
         ((0, -3), ValueError, r"use axes in \[-2, 1\]"),
         ((0, -2), ValueError, "twice"),
         ("conv", TypeError, "by_path"),
+        (True, TypeError, "True is no axis; .* lambda path, leaf: -1 if condition else None"),
+        ((0, np.True_), TypeError, "True.? is no axis"),
+        (jnp.asarray(-1), TypeError, "pass static_args='channel_axes'"),
+        (so.blocks(-1, 3), ValueError, r"3 blocks do not divide axis -1 of shape \(3, 2\)"),
+        (so.blocks(5, 1), ValueError, r"channel_axes=so.blocks\(5, 1\) is out of range"),
+        (so.blocks(1, 2, channel_axes=-1), ValueError, "twice"),
         (1.5, TypeError, "not an int"),
         ({"conv": -1}, TypeError, "not an int"),
     ],
@@ -185,6 +222,31 @@ def test_the_antipode_has_no_shortest_way_and_gives_no_nan():
 def test_wrong_axes_are_refused(axes, error, message):
     with pytest.raises(error, match=message):
         so.group_norm(jnp.ones((3, 2)), channel_axes=axes)
+
+
+@pytest.mark.parametrize(
+    "args, error, message",
+    [
+        ((-1, 0), ValueError, "count=0 is below 1"),
+        ((-1, 2.0), TypeError, "blocks is not an int"),
+        ((-1, True), TypeError, "True is no axis"),
+    ],
+)
+def test_wrong_blocks_are_refused(args, error, message):
+    with pytest.raises(error, match=message):
+        so.blocks(*args)
+
+
+def test_blocks_are_values():
+    blocks = so.blocks(-1, 4, channel_axes=0)
+    assert blocks == so.blocks(-1, 4, channel_axes=(0,)) != so.blocks(-1, 4)
+    assert hash(blocks) == hash(so.blocks(-1, 4, channel_axes=[0]))
+    assert eval(repr(blocks)) == blocks and eval(repr(so.blocks(0, 2))) == so.blocks(0, 2)
+
+
+def test_arrays_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"shapes \(3, 2\), \(2,\) and not one"):
+        so.retract(jnp.ones((3, 2)), jnp.ones(2), channel_axes=-1)
 
 
 def test_an_array_of_one_element_has_axes_too():

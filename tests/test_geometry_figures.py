@@ -46,7 +46,7 @@ def expected_figures(x, g, s, momentum):
         / so.group_norm(
             so.project_to_tangent(points[path], grads[path], channel_axes=axes), channel_axes=axes
         )
-        for path, axes in (("conv", -1), ("layers/stack", (0, -1)))
+        for path, axes in (("conv", -1), ("layers/stack", so.blocks(-1, 4, channel_axes=0)))
     }
     return {
         f"{path}/{measure}/{statistic}": getattr(jnp, statistic)(values)

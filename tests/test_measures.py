@@ -10,7 +10,7 @@ from absl.testing import parameterized
 from flax import nnx
 
 import spherical_optax as so
-from layouts import LAYOUTS, as_rows, random_arrays
+from layouts import COUNTS, LAYOUTS, as_rows, random_arrays
 from oracle import dot
 
 # Rounding of sums in float32 at least: bfloat16 is exact in it, and no result is rounded back.
@@ -78,10 +78,9 @@ class MeasuresTest(chex.TestCase):
         def run(*arrays):
             return {name: of(*arrays, channel_axes=axes) for name, of in MEASURES.items()}
 
-        kept = {axis % len(shape) for axis in ((axes,) if isinstance(axes, int) else axes)}
         for name, measured in run(*arrays).items():
             assert measured.dtype == wide
-            assert measured.shape == tuple(n if i in kept else 1 for i, n in enumerate(shape))
+            assert measured.shape == COUNTS[layout]
             expected = ORACLES[name](*(as_rows(array, axes) for array in arrays))
             # The rate's denominator may cancel to a tenth or so.
             tolerance = 10 * EPS[dtype] if name == "effective_learning_rate" else EPS[dtype]

@@ -9,7 +9,7 @@ import optax
 
 import spherical_optax as so
 
-AXES = so.by_path({"conv": -1, "stack": (0, -1)})
+AXES = so.by_path({"conv": -1, "stack": so.blocks(-1, 4, channel_axes=0)})
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}  # float32 sums in another order
 
 
