@@ -22,7 +22,7 @@ from spherical_optax._moments import (
     step_per_momentum,
     zero_moments,
 )
-from spherical_optax._ready import add_coupled_decay
+from spherical_optax._ready import DecayMask, add_coupled_decay
 from spherical_optax._selection import ChannelAxes
 
 
@@ -97,6 +97,7 @@ def adam_g(
     eps: ArrayLike = 1e-8,
     *,
     weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: DecayMask = None,
     channel_axes: ChannelAxes,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -122,6 +123,8 @@ def adam_g(
       eps: added to the root of the second moment.
       weight_decay: coupled L2 on the classic leaves: a number or a schedule, not negative. The
         spherical ones, whose radius is fixed, take none.
+      weight_decay_mask: the classic leaves that decay: a tree of booleans, or a callable from the
+        parameters to one; by default all.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
@@ -143,7 +146,9 @@ def adam_g(
     Array([1.], dtype=float32)
     """
     return optax.chain(
-        add_coupled_decay(weight_decay, "adam_g", except_spherical=channel_axes),
+        add_coupled_decay(
+            weight_decay, "adam_g", mask=weight_decay_mask, except_spherical=channel_axes
+        ),
         _adam_g(learning_rate, b1, b2, eps, channel_axes, mu_dtype),
     )
 

@@ -18,7 +18,7 @@ from spherical_optax._moments import (
     decay_gradient,
     zero_moments,
 )
-from spherical_optax._ready import scale_by_learning_rate
+from spherical_optax._ready import DecayMask, decay_flags, scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes
 
 
@@ -56,11 +56,12 @@ def scale_by_adam_s(
     >>> so.group_inner(updates, updates, channel_axes=()).round(3)  # d, the first time
     Array([2.], dtype=float32)
     """
-    return _scale_by_adam_s(None, b1, b2, eps, channel_axes, mu_dtype)
+    return _scale_by_adam_s(None, None, b1, b2, eps, channel_axes, mu_dtype)
 
 
 def _scale_by_adam_s(
     weight_decay: optax.ScalarOrSchedule | None,
+    mask: DecayMask,
     b1: ArrayLike,
     b2: ArrayLike,
     eps: ArrayLike,
@@ -77,14 +78,17 @@ def _scale_by_adam_s(
         count = optax.safe_increment(state.count)
         corrections = bias_correction(b1, count), bias_correction(b2, count)
 
-        def leaf(axes, g, mu, nu, x=None):
-            g, square, nu = decay_gradient(g, x, decay, nu, axes)
+        def leaf(axes, g, mu, nu, x=None, decays=True):
+            g, square, nu = decay_gradient(g, x, decay if decays else None, nu, axes)
             size = group_size(g.shape, axes)
             mu = average(g, mu, b1)
             nu = average(square / size, nu, b2)
             return adam_step(mu, nu, *corrections, eps / math.sqrt(size), axes), mu, nu
 
-        updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
+        flags = decay_flags(mask, params)
+        updates, mu, nu = map_leaves(
+            leaf, channel_axes, updates, state.mu, state.nu, params=params, flags=flags
+        )
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -97,6 +101,7 @@ def adam_s(
     eps: ArrayLike = 1e-8,
     *,
     weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: DecayMask = None,
     channel_axes: ChannelAxes,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -117,7 +122,10 @@ def adam_s(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, divided by sqrt(d).
-      weight_decay: coupled L2, on every leaf: a number or a schedule, not negative.
+      weight_decay: coupled L2: a number or a schedule, not negative.
+      weight_decay_mask: the leaves that decay: a tree of booleans, or a callable from the
+        parameters to one, such as `path_mask(axes, invert=True)` for the classic ones; by default
+        all.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
@@ -140,6 +148,6 @@ def adam_s(
     Array([ True], dtype=bool)
     """
     return optax.chain(
-        _scale_by_adam_s(weight_decay, b1, b2, eps, channel_axes, mu_dtype),
+        _scale_by_adam_s(weight_decay, weight_decay_mask, b1, b2, eps, channel_axes, mu_dtype),
         scale_by_learning_rate(learning_rate),
     )

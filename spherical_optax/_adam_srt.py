@@ -20,7 +20,7 @@ from spherical_optax._moments import (
     decay_gradient,
     zero_moments,
 )
-from spherical_optax._ready import scale_by_learning_rate
+from spherical_optax._ready import DecayMask, decay_flags, scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes
 
 
@@ -73,11 +73,12 @@ def scale_by_adam_srt(
     Array(True, dtype=bool)
     """
     check_transport(transport)
-    return _scale_by_adam_srt(None, b1, b2, eps, channel_axes, transport, mu_dtype)
+    return _scale_by_adam_srt(None, None, b1, b2, eps, channel_axes, transport, mu_dtype)
 
 
 def _scale_by_adam_srt(
     weight_decay: optax.ScalarOrSchedule | None,
+    mask: DecayMask,
     b1: ArrayLike,
     b2: ArrayLike,
     eps: ArrayLike,
@@ -97,8 +98,8 @@ def _scale_by_adam_srt(
 
         correction1, correction2 = bias_correction(b1, count), bias_correction(b2, count)
 
-        def leaf(axes, g, mu, nu, x):
-            g, square, nu = decay_gradient(g, x, decay, nu, axes)
+        def leaf(axes, g, mu, nu, x, decays=True):
+            g, square, nu = decay_gradient(g, x, decay if decays else None, nu, axes)
             size = group_size(g.shape, axes)
             square = square / size
             sq_norm = squared_norm(x, axes)
@@ -117,7 +118,10 @@ def _scale_by_adam_srt(
             eps_d = eps / math.sqrt(size)
             return adam_step(mu, here, correction1, correction2, eps_d, axes), mu, nu
 
-        updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
+        flags = decay_flags(mask, params)
+        updates, mu, nu = map_leaves(
+            leaf, channel_axes, updates, state.mu, state.nu, params=params, flags=flags
+        )
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -130,6 +134,7 @@ def adam_srt(
     eps: ArrayLike = 1e-8,
     *,
     weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: DecayMask = None,
     channel_axes: ChannelAxes,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -151,7 +156,10 @@ def adam_srt(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, divided by sqrt(d).
-      weight_decay: coupled L2, on every leaf: a number or a schedule, not negative.
+      weight_decay: coupled L2: a number or a schedule, not negative.
+      weight_decay_mask: the leaves that decay: a tree of booleans, or a callable from the
+        parameters to one, such as `path_mask(axes, invert=True)` for the classic ones; by default
+        all.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
@@ -173,6 +181,8 @@ def adam_srt(
     0.5
     """
     return optax.chain(
-        _scale_by_adam_srt(weight_decay, b1, b2, eps, channel_axes, "rescale", mu_dtype),
+        _scale_by_adam_srt(
+            weight_decay, weight_decay_mask, b1, b2, eps, channel_axes, "rescale", mu_dtype
+        ),
         scale_by_learning_rate(learning_rate),
     )

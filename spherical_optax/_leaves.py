@@ -20,11 +20,12 @@ def map_leaves(
     updates: optax.Updates,
     *states: optax.Params,
     params: optax.Params | None = None,
+    flags: optax.Params | None = None,
 ) -> tuple[Any, ...]:
-    """Calls `fn(axes, update, *states, param)` for each leaf and returns the trees of its results.
+    """Calls `fn(axes, update, *states, param, flag)` for each leaf; returns the trees of its results.
 
-    `fn` returns the new update and the new states, in this order; `param` is left out if `params`
-    is None. It works on the views of a layout, whose reduction axes are `axes`, and in one dtype,
+    `fn` returns the new update and the new states, in this order; `param` and `flag`, which is a
+    boolean, are left out if their trees are None. It works on the views of a layout, whose reduction axes are `axes`, and in one dtype,
     that of the update or float32 if that is narrower; its results go back to the shapes and dtypes
     of what they replace. Positions without an update stay as they are, with their states.
 
@@ -35,14 +36,17 @@ def map_leaves(
     columns = [aligned(leaves, tree, "the updates", "the optimizer's state") for tree in states]
     if params is not None:
         columns.append(aligned(leaves, params, "the updates", "the parameters", exact=True))
+    each_flag = [()] * len(leaves)
+    if flags is not None:
+        each_flag = [(bool(flag),) for flag in aligned(leaves, flags, "the updates", "the mask")]
     results = []
-    for leaf, *values in zip(leaves, *columns, strict=True):
+    for leaf, flag, *values in zip(leaves, each_flag, *columns, strict=True):
         old = [leaf.value, *values]
         if leaf.skipped:
             results.append(old)
             continue
         old = [jnp.asarray(value) for value in old]
-        new = fn(leaf.groups.axes, *map(leaf.groups.view, _in_one_dtype(old)))
+        new = fn(leaf.groups.axes, *map(leaf.groups.view, _in_one_dtype(old)), *flag)
         results.append([a.reshape(b.shape).astype(b.dtype) for a, b in zip(new, old, strict=False)])
     return tuple(
         jax.tree.unflatten(

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from spherical_optax._geometry import Transport, check_transport, transport_momentum
 from spherical_optax._groups import nonzero, squared_norm
 from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._ready import add_coupled_decay, scale_by_learning_rate
+from spherical_optax._ready import DecayMask, add_coupled_decay, scale_by_learning_rate
 from spherical_optax._selection import ChannelAxes, select
 
 
@@ -74,6 +74,7 @@ def sgd_mrt(
     *,
     dampening: ArrayLike = 0.0,
     weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: DecayMask = None,
     channel_axes: ChannelAxes,
     accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -92,7 +93,10 @@ def sgd_mrt(
       learning_rate: a number or a schedule.
       momentum: decay of the buffer, in [0, 1).
       dampening: share of each gradient that is left out, in [0, 1]; the first one's too.
-      weight_decay: coupled L2, on every leaf: a number or a schedule, not negative.
+      weight_decay: coupled L2: a number or a schedule, not negative.
+      weight_decay_mask: the leaves that decay: a tree of booleans, or a callable from the
+        parameters to one, such as `path_mask(axes, invert=True)` for the classic ones; by default
+        all.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       accumulator_dtype: dtype of the stored buffer; by default that of the parameters.
 
@@ -113,7 +117,7 @@ def sgd_mrt(
     Array([-0. , -0.1], dtype=float32)
     """
     return optax.chain(
-        add_coupled_decay(weight_decay, "sgd_mrt"),
+        add_coupled_decay(weight_decay, "sgd_mrt", mask=weight_decay_mask),
         trace_rt(
             momentum,
             dampening=dampening,

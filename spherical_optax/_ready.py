@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,11 +11,20 @@ import optax
 from spherical_optax._leaves import map_leaves, need_params
 from spherical_optax._selection import ChannelAxes
 
+# Which leaves decay: a tree of booleans, or a callable from the parameters to one; None: all.
+DecayMask = optax.Params | Callable[[optax.Params], optax.Params] | None
+
+
+def decay_flags(mask: DecayMask, params: optax.Params | None) -> optax.Params | None:
+    """The tree of a mask, for the `flags` of `map_leaves`."""
+    return mask(params) if callable(mask) else mask
+
 
 def add_coupled_decay(
     weight_decay: optax.ScalarOrSchedule,
     optimizer: str,
     *,
+    mask: DecayMask = None,
     except_spherical: ChannelAxes = None,
 ) -> optax.GradientTransformation:
     """`optax.add_decayed_weights` that refuses other trees and keeps the dtype of the updates.
@@ -21,7 +32,7 @@ def add_coupled_decay(
     Optax would broadcast updates of another shape against the parameters. The leaves that
     `except_spherical` selects take no decay.
     """
-    decay = optax.add_decayed_weights(weight_decay)
+    decay = optax.add_decayed_weights(weight_decay, mask)
 
     def update_fn(updates, state, params=None):
         params = need_params(params, optimizer)
