@@ -22,12 +22,13 @@ def map_leaves(
     params: optax.Params | None = None,
     flags: optax.Params | None = None,
 ) -> tuple[Any, ...]:
-    """Calls `fn(axes, update, *states, param, flag)` for each leaf; returns the trees of its results.
+    """Calls `fn(axes, update, *states, param, flag)` for each leaf; returns its results' trees.
 
-    `fn` returns the new update and the new states, in this order; `param` and `flag`, which is a
-    boolean, are left out if their trees are None. It works on the views of a layout, whose reduction axes are `axes`, and in one dtype,
-    that of the update or float32 if that is narrower; its results go back to the shapes and dtypes
-    of what they replace. Positions without an update stay as they are, with their states.
+    `fn` returns the new update and the new states, in this order; `param` and `flag`, a boolean, are
+    left out if their trees are None. It works on the views of a layout, whose reduction axes are
+    `axes`, and in one dtype, that of the update or float32 if that is narrower; its results go back
+    to the shapes and dtypes of what they replace. Positions without an update stay as they are,
+    with their states.
 
     Raises:
       ValueError: the trees differ; the message names the first such path.

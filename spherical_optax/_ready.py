@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from spherical_optax._selection import ChannelAxes
 DecayMask = optax.Params | Callable[[optax.Params], optax.Params] | None
 
 
-def decay_flags(mask: DecayMask, params: optax.Params | None) -> optax.Params | None:
+def decay_flags(mask: DecayMask, params: Any) -> optax.Params | None:
     """The tree of a mask, for the `flags` of `map_leaves`."""
     return mask(params) if callable(mask) else mask
 

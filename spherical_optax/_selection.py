@@ -293,6 +293,12 @@ def _check_arity(channel_axes: Callable[[str, Any], Axes]) -> None:
 
 def _check_rules(axes: ByPath, leaves: list[Leaf]) -> None:
     """Raises `ValueError` for the first rule that does nothing."""
+    if [leaf.path for leaf in leaves] == [""]:
+        raise ValueError(
+            "by_path: what the rules are for is no tree but one array, which has no path. "
+            "optax.inject_hyperparams calls masks like schedules, with a count, unless static_args "
+            "names their argument"
+        )
     decides = [
         [leaf for leaf in leaves if axes.first_match(leaf.path) == i]
         for i in range(len(axes.rules))
