@@ -24,11 +24,11 @@ def map_leaves(
 ) -> tuple[Any, ...]:
     """Calls `fn(axes, update, *states, param, flag)` for each leaf; returns its results' trees.
 
-    `fn` returns the new update and the new states, in this order; `param` and `flag`, a boolean, are
-    left out if their trees are None. It works on the views of a layout, whose reduction axes are
-    `axes`, and in one dtype, that of the update or float32 if that is narrower; its results go back
-    to the shapes and dtypes of what they replace. Positions without an update stay as they are,
-    with their states.
+    `fn` returns the new update and the new states, in this order; `param` and `flag`, a boolean,
+    are left out if their trees are None. It works on the views of a layout, whose reduction axes
+    are `axes`, and in one dtype, that of the update or float32 if that is narrower; its results go
+    back to the shapes and dtypes of what they replace. Positions without an update stay as they
+    are, with their states.
 
     Raises:
       ValueError: the trees differ; the message names the first such path.

@@ -187,6 +187,24 @@ def test_accumulated_gradients_are_measured_once_per_step():
         np.testing.assert_allclose(after, [0, first, first, second], **CLOSE)
 
 
+@pytest.mark.parametrize("turn", [1e-6, 1e-3, 0.3, 3.1])
+@pytest.mark.parametrize("radial", [0.0, 1.0, 100.0])
+def test_small_angles_are_accurate_whatever_is_radial(turn, radial):
+    x, a, b = np.random.default_rng(0).normal(size=(3, 50, 4))
+    a, b = ((v - (v * x).sum(0) / (x * x).sum(0) * x) for v in (a, b))
+    b = b - (b * a).sum(0) / (a * a).sum(0) * a
+    u, v = a / np.linalg.norm(a, axis=0), b / np.linalg.norm(b, axis=0)
+    g = -(np.cos(turn) * u + np.sin(turn) * v)
+    s = 0.01 * u + radial * 0.01 * x / np.linalg.norm(x, axis=0)
+    tx = watch(optax.stateless(lambda updates, params: jnp.asarray(s, "float32")), channel_axes=-1)
+    x, g = jnp.asarray(x, "float32"), jnp.asarray(g, "float32")
+    figures = so.geometry(tx.update(g, tx.init(x), x)[1])
+    # A tangent that is 1/100 of its step has 100 times the step's rounding.
+    tolerance = 3e-7 * max(1, radial)
+    for statistic in ("min", "max"):
+        np.testing.assert_allclose(figures[f"deformation/{statistic}"], turn, atol=tolerance)
+
+
 def test_a_step_to_the_centre_has_no_nan():
     params = {"conv": jnp.ones((4, 3))}
     tx = watch(optax.sgd(1.0), channel_axes=-1)

@@ -51,6 +51,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 with_params = pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.needs_params])
 
 
+@cache  # so that each is compiled once for trees of the same shapes
 def make(name: str, axes: Any = AXES) -> optax.GradientTransformation:
     return CASES[name].factory(channel_axes=axes)
 
@@ -249,7 +250,57 @@ def test_buffers_can_be_donated(name):
 def test_the_state_can_be_shaped_without_computing(name):
     tx = make(name)
     shapes = jax.eval_shape(tx.init, PARAMS)
-    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(PARAMS))
+    state = tx.init(PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, state)
+    of_shapes = tx.init(jax.eval_shape(lambda: PARAMS))
+    chex.assert_trees_all_equal_shapes_and_dtypes(of_shapes, state)
+    if name != "reproject_to_sphere":  # whose radius needs values
+        chex.assert_trees_all_equal(of_shapes, state)
+
+
+@every_case
+def test_what_is_not_finite_stays_in_its_group_and_shows(name):
+    tx, clean = make(name), run_alone(name)
+    for bad in (jnp.nan, jnp.inf):
+        for params, grads in [
+            (PARAMS, [*GRADS[:2], spoil(GRADS[2], bad), *GRADS[3:]]),
+            (spoil(PARAMS, bad), GRADS),
+        ]:
+            out = run(tx, params, grads)
+            chex.assert_trees_all_equal(out["bias"], clean["bias"])
+            group = jnp.arange(8) == 3
+            assert not jnp.isfinite(out["conv"][..., 3]).all()
+            chex.assert_trees_all_equal(out["conv"][..., ~group], clean["conv"][..., ~group])
+            block = out["layers"]["stack"].at[1, :, 2:4].set(0)  # the second of four blocks
+            assert not jnp.isfinite(out["layers"]["stack"][1, :, 2:4]).all()
+            expected = clean["layers"]["stack"].at[1, :, 2:4].set(0)
+            chex.assert_trees_all_equal(block, expected)
+
+
+def spoil(tree: Any, bad: float) -> Any:
+    """The tree with one bad number in a group of each spherical leaf."""
+    layers = {"stack": tree["layers"]["stack"].at[1, 2, 3].set(bad)}
+    return tree | {"conv": tree["conv"].at[0, 1, 2, 3].set(bad), "layers": layers}
+
+
+@every_case
+def test_it_runs_inside_shard_map_and_scan(name):
+    """Each device has parameters of its own, and the state varies with them from init on."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    seeds = [[random_tree(10 * seed + i) for i in range(3)] for seed in range(4)]
+    params, *grads = (stack(trees) for trees in zip(*seeds, strict=True))
+    tx = make(name)
+
+    @partial(
+        jax.shard_map, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data")
+    )
+    def each(params, grads):
+        out = trajectory_end(tx, *jax.tree.map(lambda x: x[0], (params, grads)))
+        return jax.tree.map(lambda x: x[None], out)
+
+    out = jax.jit(each)(params, jax.tree.map(lambda *x: jnp.stack(x, 1), *grads))
+    alone = run(tx, seeds[2][0], seeds[2][1:])
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[2], jax.device_get(out)), alone, **CLOSE)
 
 
 @every_case
@@ -277,6 +328,14 @@ def test_sharded_parameters_give_the_same_trajectory(name):
     tx = make(name)
     params = shard(PARAMS)
     state, update = tx.init(params), jax.jit(tx.update)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    for leaf, of_shape in zip(*map(jax.tree.leaves, (state, tx.init(shapes))), strict=True):
+        assert of_shape.sharding == leaf.sharding or name.startswith("reproject")
+        if leaf.shape == (1, 1, 1, 8):  # a number per group is where the groups are
+            spec = PartitionSpec(None, None, None, "model")
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
     for grads in GRADS:
         updates, state = update(shard(grads), state, params)
         params = optax.apply_updates(params, updates)

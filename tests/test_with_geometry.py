@@ -159,6 +159,97 @@ def test_a_leaf_without_an_update_keeps_its_figures():
         assert kept == (name.startswith("conv") or "radius" in name), name
 
 
+def test_a_step_that_is_zero_in_a_leaf_keeps_its_figures():
+    zero = jax.tree.map(jnp.zeros_like, GRADS[0])
+    tx = watch(optax.chain(so.normalize_per_group(channel_axes=AXES), optax.scale(-0.1)))
+    update = jax.jit(tx.update)
+    _, state = update(GRADS[0], tx.init(PARAMS), PARAMS)
+    before = so.geometry(state)
+    assert before["conv/angle/mean"] > 0
+    chex.assert_trees_all_equal(so.geometry(update(zero, state, PARAMS)[1]), before)
+    after = so.geometry(update(GRADS[1] | {"conv": zero["conv"]}, state, PARAMS)[1])
+    for name in before:
+        if name.endswith("angle/mean"):
+            assert (after[name] == before[name]) == name.startswith("conv"), name
+
+
+@pytest.mark.parametrize("kind", ["MultiSteps", "apply_if_finite"])
+def test_idle_steps_of_what_is_inside_keep_the_figures(kind):
+    if kind == "MultiSteps":
+        tx = watch(optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation())
+        grads = [GRADS[0], GRADS[1], GRADS[2]]  # the third one waits
+    else:
+        tx = watch(optax.apply_if_finite(optax.adam(0.1), 3))
+        bad = jax.tree.map(lambda g: g * jnp.nan, GRADS[0])
+        grads = [GRADS[0], GRADS[1], bad]
+    state, update, seen = tx.init(PARAMS), jax.jit(tx.update), []
+    for g in grads:
+        _, state = update(g, state, PARAMS)
+        seen.append(so.geometry(state))
+    assert seen[1]["conv/angle/min"] > 0
+    chex.assert_trees_all_equal(seen[2], seen[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_shows_in_the_figures_of_its_leaf_alone(bad):
+    tx = watch(optax.sgd(0.1, 0.9))
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    spoiled = GRADS[0] | {"conv": GRADS[0]["conv"].at[0, 0, 0, 0].set(bad)}
+    clean, shown = (so.geometry(update(g, state, PARAMS)[1]) for g in (GRADS[0], spoiled))
+    for name in clean:
+        if name.startswith("layers") or "radius" in name:
+            assert shown[name] == clean[name], name
+        else:
+            assert not np.isfinite(shown[name]), name
+    spoiled = PARAMS | {"conv": PARAMS["conv"].at[0, 0, 0, 0].set(bad)}
+    shown = so.geometry(update(GRADS[0], state, spoiled)[1])
+    for name in clean:
+        assert np.isfinite(shown[name]) == (name.startswith("layers") or name.endswith("radius/min")
+                                            and bad == np.inf), name  # fmt: skip
+
+
+def test_a_kept_axis_has_figures_of_its_own():
+    keep = so.by_path({"stack": 0})
+    tx, apart = watch(optax.adam(0.1)), watch(optax.adam(0.1), keep=keep)
+    whole, each = (so.geometry(jax.jit(t.update)(GRADS[0], t.init(PARAMS), PARAMS)[1])
+                   for t in (tx, apart))  # fmt: skip
+    assert list(each) == list(whole)
+    for i in range(2):
+        params, grads = ({"stack": tree["layers"]["stack"][i]} for tree in (PARAMS, GRADS[0]))
+        alone = so.with_geometry(optax.adam(0.1), channel_axes=so.blocks(-1, 4))
+        expected = so.geometry(alone.update(grads, alone.init(params), params)[1])
+        for name, figure in expected.items():
+            kept = each[f"layers/{name}"]
+            assert kept.shape == (2,)
+            np.testing.assert_allclose(kept[i], figure, rtol=1e-5, atol=1e-6)
+    for name, figure in whole.items():
+        if name.startswith("conv"):
+            np.testing.assert_allclose(each[name], figure, rtol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [-1, 1, 5, so.by_path({"stack": 1})])
+def test_only_axes_that_index_groups_can_be_kept(keep):
+    axes = so.by_path({"stack": so.blocks(-1, 4, channel_axes=0)})
+    with pytest.raises(ValueError, match=r"layers/stack: keep=-?\d does not index groups"):
+        so.with_geometry(optax.sgd(0.1), channel_axes=axes, keep=keep).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda tree: tree | {"more": jnp.ones((3, 2))},
+            "more: on a sphere in the updates",
+        ),
+        (lambda tree: {"conv": tree["conv"]}, "layers/stack: on a sphere in the state"),
+    ],
+)
+def test_an_update_with_another_tree_is_refused(change, message):
+    tx = so.with_geometry(optax.identity(), channel_axes=lambda path, x: -1 if x.ndim > 1 else None)
+    with pytest.raises(ValueError, match=message):
+        tx.update(change(GRADS[0]), tx.init(PARAMS), change(PARAMS))
+
+
 @pytest.mark.parametrize("every", [0, -1])
 def test_the_interval_is_at_least_one(every):
     with pytest.raises(ValueError, match=f"every={every} is not an integer from 1"):
