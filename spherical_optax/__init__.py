@@ -1,4 +1,16 @@
-"""Optimise weights on spheres: composable Optax transformations, selected by parameter path."""
+"""Optimise weights on spheres: composable Optax transformations, selected by parameter path.
+
+What holds everywhere:
+
+* `channel_axes` names the axes that index groups, the weights that share one sphere: `-1`, `(0, -1)`,
+  `()` for the whole array, `blocks(-1, 4)` for blocks of an axis, `None` for no sphere; or a callable
+  `(path, leaf)` to one of these, such as `by_path`'s.
+* Sums run in float32 at least, of squares: norms should lie between 1e-19 and 1e19 there. What is
+  not finite comes out in its group, and in no other.
+* Sums run over the array that a function is given. Under `jax.jit` a sharded array is whole; inside
+  `jax.shard_map` it is a device's part, so shard there only axes that index groups.
+* `optax.flatten` in front of a link makes one vector of all leaves, and hides the groups.
+"""
 
 from importlib.metadata import version as _version
 

@@ -149,7 +149,8 @@ def adam_srt(
     projection of mu on the tangent space at y. It needs neither x nor s, and so it waits: mu is
     stored as it is and projected when the next update shows y. The second line leaves nu |x|² as it
     is, and that is what is stored, as a moving average of |x|² |g|²/d: of the gradients on the unit
-    sphere. The state has mu, and one number per group: half of Adam's.
+    sphere. The state has mu, and one number per group: half of Adam's. Classic leaves have Adam's
+    nu, in float32 at least, which for narrower parameters is more than Adam's.
 
     Args:
       learning_rate: a number or a schedule.
