@@ -2,9 +2,9 @@
 
 What holds everywhere:
 
-* `channel_axes` names the axes that index groups, the weights that share one sphere: `-1`, `(0, -1)`,
-  `()` for the whole array, `blocks(-1, 4)` for blocks of an axis, `None` for no sphere; or a callable
-  `(path, leaf)` to one of these, such as `by_path`'s.
+* `channel_axes` names the axes that index groups, the weights that share one sphere: `-1`,
+  `(0, -1)`, `()` for the whole array, `blocks(-1, 4)` for blocks of an axis, `None` for no sphere;
+  or a callable `(path, leaf)` to one of these, such as `by_path`'s.
 * Sums run in float32 at least, of squares: norms should lie between 1e-19 and 1e19 there. What is
   not finite comes out in its group, and in no other.
 * Sums run over the array that a function is given. Under `jax.jit` a sharded array is whole; inside
@@ -17,11 +17,17 @@ from importlib.metadata import version as _version
 from spherical_optax._adam_g import adam_g, scale_by_adam_g
 from spherical_optax._adam_s import adam_s, scale_by_adam_s
 from spherical_optax._adam_srt import adam_srt, scale_by_adam_srt
+from spherical_optax._adamp import adamp, project_where_invariant, sgdp
 from spherical_optax._constraints import (
     ReprojectToSphereState,
+    centralize_per_group,
+    follow_great_circle,
     normalize_per_group,
+    project_to_sphere,
     project_to_tangent_space,
+    radial_brake,
     reproject_to_sphere,
+    scale_by_radius,
 )
 from spherical_optax._geometry import (
     Transport,
@@ -37,6 +43,7 @@ from spherical_optax._groups import (
     group_inner,
     group_norm,
 )
+from spherical_optax._hyperball import HyperballState, adam_h, hyperball
 from spherical_optax._invariance import (
     Evidence,
     InvariantGroups,
@@ -53,6 +60,15 @@ from spherical_optax._measures import (
 from spherical_optax._momentum import (
     sgd_mrt,
     trace_rt,
+)
+from spherical_optax._muon_h import muon_h, orthogonalize_per_group
+from spherical_optax._rotational import (
+    RotationalState,
+    equilibrium_angle,
+    equilibrium_angle_of_lion,
+    equilibrium_angle_of_sgd,
+    equilibrium_angle_of_sgd_mrt,
+    rotational,
 )
 from spherical_optax._selection import (
     ByPath,
@@ -75,40 +91,59 @@ __all__ = [
     "ByPath",
     "ChannelAxes",
     "Evidence",
+    "HyperballState",
     "InvariantGroups",
     "ReprojectToSphereState",
+    "RotationalState",
     "Transport",
     "WithGeometryState",
     "adam_g",
+    "adam_h",
     "adam_s",
     "adam_srt",
+    "adamp",
     "angle",
     "angle_per_step",
     "blocks",
     "by_path",
+    "centralize_per_group",
     "check_selection",
     "deformation",
     "describe",
     "effective_learning_rate",
+    "equilibrium_angle",
+    "equilibrium_angle_of_lion",
+    "equilibrium_angle_of_sgd",
+    "equilibrium_angle_of_sgd_mrt",
     "exp_map",
     "find_invariant_groups",
+    "follow_great_circle",
     "geometry",
     "group_inner",
     "group_norm",
+    "hyperball",
+    "muon_h",
     "normalize_per_group",
+    "orthogonalize_per_group",
     "parallel_transport",
     "path_labels",
     "path_mask",
+    "project_to_sphere",
     "project_to_tangent",
     "project_to_tangent_space",
+    "project_where_invariant",
+    "radial_brake",
     "radial_fraction",
     "radius",
     "reproject_to_sphere",
     "retract",
+    "rotational",
     "scale_by_adam_g",
     "scale_by_adam_s",
     "scale_by_adam_srt",
+    "scale_by_radius",
     "sgd_mrt",
+    "sgdp",
     "trace_rt",
     "with_geometry",
 ]

@@ -7,14 +7,14 @@ of groups of zeros pass unchanged.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._geometry import tangent, to_radius
-from spherical_optax._groups import group_norm, nonzero, norm, zeros_per_group
+from spherical_optax._geometry import great_circle, tangent, to_radius
+from spherical_optax._groups import group_norm, nonzero, norm, squared_norm, zeros_per_group
 from spherical_optax._leaves import map_leaves, need_params
 from spherical_optax._selection import ChannelAxes, Leaf, map_selected, select
 
@@ -100,25 +100,13 @@ def reproject_to_sphere(
     Array([5.], dtype=float32)
     """
     if radius is not None:
-        if isinstance(radius, str) or jnp.shape(radius) != ():
-            raise ValueError(
-                f"radius={radius!r} is not one number; None keeps the radius of each group"
-            )
-        if not isinstance(radius, jax.core.Tracer) and not 0 < float(radius) < math.inf:
-            raise ValueError(f"radius={radius!r} is not a positive finite number")
+        check_radius(radius)
 
     def init_fn(params):
-        def stored(leaf: Leaf) -> jax.Array:
-            if not leaf.spherical:
-                return jnp.zeros([], jnp.float32)
-            if isinstance(leaf.value, jax.ShapeDtypeStruct):
-                return zeros_per_group(leaf.value, leaf.groups)
-            return group_norm(leaf.value, channel_axes=leaf.channel_axes)
-
         if radius is not None:
             select(params, channel_axes)  # raises if it does not fit
             return optax.EmptyState()
-        return ReprojectToSphereState(map_selected(stored, channel_axes, params))
+        return ReprojectToSphereState(map_selected(radius_at_init, channel_axes, params))
 
     def update_fn(updates, state, params=None):
         def leaf(axes, u, x, target):
@@ -143,6 +131,247 @@ def reproject_to_sphere(
             params=params,
         )
         return updates, ReprojectToSphereState(radii)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def radius_at_init(leaf: Leaf) -> jax.Array:
+    """Norms of the groups, to be stored; a scalar 0 for a classic leaf, zeros for a shape."""
+    if not leaf.spherical:
+        return jnp.zeros([], jnp.float32)
+    if isinstance(leaf.value, jax.ShapeDtypeStruct):
+        return zeros_per_group(leaf.value, leaf.groups)
+    return group_norm(leaf.value, channel_axes=leaf.channel_axes)
+
+
+def project_to_sphere(
+    params: optax.Params, radius: float | jax.Array, *, channel_axes: ChannelAxes
+) -> optax.Params:
+    """Brings parameters to their spheres, to start there.
+
+        x <- radius x/|x|
+
+    Args:
+      params: parameters.
+      radius: positive radius of every sphere.
+      channel_axes: the selection.
+
+    Returns:
+      The parameters, in their dtypes. Classic leaves and groups of zeros are as they were.
+
+    Raises:
+      ValueError: `radius` is no number, or not positive and finite.
+      ValueError, TypeError: the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> params = {"conv": jnp.array([[3.0, 0.0], [4.0, 1.0]]), "bias": jnp.ones(2)}
+    >>> so.project_to_sphere(params, 1.0, channel_axes=-1)["conv"]
+    Array([[0.6, 0. ],
+           [0.8, 1. ]], dtype=float32)
+    """
+    check_radius(radius)
+
+    def leaf(axes: tuple[int, ...], x: jax.Array) -> tuple[jax.Array]:
+        return (to_radius(x, radius, axes),)
+
+    return map_leaves(leaf, channel_axes, params)[0]
+
+
+def check_radius(radius: float | jax.Array) -> None:
+    """Raises `ValueError` unless it is one number, positive and finite."""
+    if isinstance(radius, str) or jnp.shape(radius) != ():
+        raise ValueError(f"radius={radius!r} is not one number")
+    if not isinstance(radius, jax.core.Tracer) and not 0 < float(radius) < math.inf:
+        raise ValueError(f"radius={radius!r} is not a positive finite number")
+
+
+def scale_by_radius(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
+    """Makes updates relative to the radius: multiplies each group by its norm.
+
+        u <- |x| u
+
+    Place it before the learning rate, which is then in units of the radius: behind
+    `normalize_per_group`, nearly an angle. Classic leaves, and groups of zeros, keep their updates.
+
+    Args:
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+
+    Returns:
+      A gradient transformation without state.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.scale_by_radius(channel_axes=())
+    >>> x = jnp.array([3.0, 4.0])
+    >>> tx.update(jnp.array([0.0, 1.0]), tx.init(x), x)[0]
+    Array([0., 5.], dtype=float32)
+    """
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        select(params, channel_axes)  # raises if it does not fit
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> tuple[jax.Array]:
+            if not axes:
+                return (u,)
+            square = squared_norm(x, axes)
+            return (u * jnp.sqrt(jnp.where(square == 0, 1, square)),)
+
+        params = need_params(params, "scale_by_radius")
+        (updates,) = map_leaves(leaf, channel_axes, updates, params=params)
+        return updates, state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def radial_brake(
+    outward: float = 0.5, inward: float = 1.0, *, channel_axes: ChannelAxes
+) -> optax.GradientTransformation:
+    """Slows the change of the radius, and leaves the direction that a step leads to.
+
+        y = x + u        r = |x| + (outward if |y| > |x| else inward) (|y| - |x|)
+        u <- r y/|y| - x
+
+    Place it last in a chain, after the learning rate. With 0 and 0 each step keeps the radius that
+    it starts from; `reproject_to_sphere` keeps the one of init, and does not drift. Growth by
+    tangent steps is slowed as well as that by radial ones.
+
+    Args:
+      outward: share of a growth that remains, in [0, 1].
+      inward: share of a shrinking that remains, in [0, 1].
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+
+    Returns:
+      A gradient transformation without state.
+
+    Raises:
+      ValueError: a share is not in [0, 1], or `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    Source: the radial brake of NVIDIA's Emerging-Optimizers (2026).
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.radial_brake(0.5, channel_axes=())
+    >>> x = jnp.array([3.0, 4.0])
+    >>> tx.update(x, tx.init(x), x)[0]  # of a growth from 5 to 10
+    Array([1.5, 2. ], dtype=float32)
+    """
+    for name, share in (("outward", outward), ("inward", inward)):
+        if not isinstance(share, jax.core.Tracer) and not 0 <= share <= 1:
+            raise ValueError(f"{name}={share!r} is not in [0, 1]")
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        select(params, channel_axes)  # raises if it does not fit
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> tuple[jax.Array]:
+            if not axes:
+                return (u,)
+            y, before = x + u, norm(x, axes)
+            after = norm(y, axes)
+            share = jnp.where(after > before, outward, inward).astype(x.dtype)
+            target = before + share * (after - before)
+            return (jnp.where(before == 0, u, to_radius(y, target, axes) - x),)
+
+        params = need_params(params, "radial_brake")
+        (updates,) = map_leaves(leaf, channel_axes, updates, params=params)
+        return updates, state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def follow_great_circle(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
+    """Steps along the sphere: each group travels the angle |P_x(u)|/|x| on its great circle.
+
+        u <- exp_x(P_x(u)) - x
+
+    Place it last in a chain, after the learning rate, where `reproject_to_sphere` would stand: that
+    one steps off the sphere and back, to the same point up to third order. Rounding makes the
+    radius drift, as the one that each step starts from is kept.
+
+    Args:
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+
+    Returns:
+      A gradient transformation without state.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.follow_great_circle(channel_axes=())
+    >>> x, u = jnp.array([2.0, 0.0]), jnp.array([7.0, jnp.pi])  # a quarter of a turn
+    >>> updates, _ = tx.update(u, tx.init(x), x)
+    >>> (x + updates).round(5)
+    Array([-0.,  2.], dtype=float32)
+    """
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        select(params, channel_axes)  # raises if it does not fit
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> tuple[jax.Array]:
+            return (great_circle(x, tangent(x, u, axes), axes) - x if axes else u,)
+
+        params = need_params(params, "follow_great_circle")
+        (updates,) = map_leaves(leaf, channel_axes, updates, params=params)
+        return updates, state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def centralize_per_group(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
+    """Takes its mean from each group of the updates.
+
+        u <- u - mean(u)
+
+    For spheres of weights whose sum stays zero, if it is at the start. `optax.centralize` is this
+    with the first axis as the one that indexes groups.
+
+    Args:
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+
+    Returns:
+      A gradient transformation without state, which does not need the parameters.
+
+    Raises:
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.centralize_per_group(channel_axes=-1)
+    >>> grads = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+    >>> tx.update(grads, tx.init(grads))[0]
+    Array([[-0.5, -0.5],
+           [ 0.5,  0.5]], dtype=float32)
+    """
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        select(params, channel_axes)  # raises if it does not fit
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params
+
+        def leaf(axes: tuple[int, ...], u: jax.Array) -> tuple[jax.Array]:
+            return (u - jnp.mean(u, axes, keepdims=True) if axes else u,)
+
+        (updates,) = map_leaves(leaf, channel_axes, updates)
+        return updates, state
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -162,14 +162,15 @@ def exp_map(x: jax.Array, v: jax.Array, *, channel_axes: Axes) -> jax.Array:
     >>> abs(so.exp_map(x, v, channel_axes=()) - jnp.array([0.0, 2.0])).max() < 1e-6
     Array(True, dtype=bool)
     """
+    return in_view(great_circle, channel_axes, x, v).astype(x.dtype)
 
-    def moved(x: jax.Array, v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        if not axes:
-            return x + v
-        t = norm(v, axes) / nonzero(norm(x, axes))
-        return jnp.cos(t) * x + jnp.sinc(t / jnp.pi) * v
 
-    return in_view(moved, channel_axes, x, v).astype(x.dtype)
+def great_circle(x: jax.Array, v: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`exp_map` on widened arrays."""
+    if not axes:
+        return x + v
+    t = norm(v, axes) / nonzero(norm(x, axes))
+    return jnp.cos(t) * x + jnp.sinc(t / jnp.pi) * v
 
 
 def parallel_transport(

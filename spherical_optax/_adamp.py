@@ -1,0 +1,273 @@
+"""AdamP and SGDP: steps lose their radial part where the gradient has none."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from spherical_optax._groups import group_size, inner, norm
+from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._moments import bias_correction
+from spherical_optax._ready import scale_by_learning_rate
+from spherical_optax._selection import ChannelAxes, select
+
+
+def project_where_invariant(
+    direction: optax.GradientTransformation,
+    *,
+    weight_decay: ArrayLike = 0.0,
+    delta: float = 0.1,
+    wd_ratio: float = 0.1,
+    eps: float = 1e-8,
+    channel_axes: ChannelAxes,
+) -> optax.GradientTransformationExtraArgs:
+    """Projects a direction on the tangent space where the gradient is nearly tangent already.
+
+    With g the gradient, u = direction(g), and of each leaf first its groups x, then the whole leaf
+    (or the whole layer, see below) as one group of d elements:
+
+        c = max |<g, x>| / max(|g| |x|, eps)                        over the leaf's groups
+        if c < delta / sqrt(d):   u <- u - <u, x> x / (|x| + eps)²      and rho = wd_ratio
+        u <- u + weight_decay rho x                                 rho = 1 if neither is so
+
+    Place it where the direction would stand, before the learning rate. A layer is what the last of
+    the axes that index groups divides into groups: with `(0, -1)` each index of axis 0 is one, with
+    `-1` the leaf. The test is a guess: of few elements it finds by chance what is not there, and a
+    group without gradient passes it.
+
+    Args:
+      direction: an optimizer without learning rate and sign.
+      weight_decay: decoupled decay, not negative.
+      delta: what counts as tangent, relative to 1/sqrt(d).
+      wd_ratio: share of the decay that what is projected takes.
+      eps: floor of norms.
+      channel_axes: the selection of the leaves that are tested, and their groups.
+
+    Returns:
+      A gradient transformation around that of the direction.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    Source: Heo et al., *AdamP* (arXiv 2006.08217), algorithms 2 and 3.
+
+    >>> import jax.numpy as jnp, optax, spherical_optax as so
+    >>> tx = so.project_where_invariant(optax.trace(0.9), channel_axes=())
+    >>> x, state = jnp.array([2.0, 0.0]), tx.init(jnp.array([2.0, 0.0]))
+    >>> u, state = tx.update(jnp.array([1.0, 1.0]), state, x)  # not tangent: as it is
+    >>> u, tx.update(jnp.array([0.0, 1.0]), state, x)[0].round(3)  # of the momentum, what turns x
+    (Array([1., 1.], dtype=float32), Array([0. , 1.9], dtype=float32))
+    """
+    direction = optax.with_extra_args_support(direction)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        select(params, channel_axes)  # raises if it does not fit
+        return direction.init(params)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        params = need_params(params, "project_where_invariant")
+        directions, state = direction.update(updates, state, params, **extra_args)
+
+        def leaf(
+            axes: tuple[int, ...], u: jax.Array, g: jax.Array, x: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            rho = jnp.ones((), x.dtype)
+            if axes:
+                whole = _layer(axes, x.shape)
+                by_group, group_passes = _projected(u, g, x, axes, whole)
+                by_layer, layer_passes = _projected(u, g, x, whole, whole)
+                u = jnp.where(group_passes, by_group, jnp.where(layer_passes, by_layer, u))
+                rho = jnp.where(group_passes | layer_passes, jnp.asarray(wd_ratio, x.dtype), rho)
+            return u + jnp.asarray(weight_decay, x.dtype) * rho * x, g
+
+        updates, _ = map_leaves(leaf, channel_axes, directions, updates, params=params)
+        return updates, state
+
+    def _projected(
+        u: jax.Array, g: jax.Array, x: jax.Array, axes: tuple[int, ...], whole: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array]:
+        """The projected direction, and whether each layer passes the test."""
+        x_norm = norm(x, axes)
+        floor = jnp.asarray(eps, x.dtype)
+        cosine = jnp.abs(inner(g, x, axes)) / jnp.maximum(norm(g, axes) * x_norm, floor)
+        largest = jnp.max(cosine, axis=whole, keepdims=True)
+        passes = largest < delta / math.sqrt(group_size(x.shape, axes))
+        return u - inner(u, x, axes) / (x_norm + floor) ** 2 * x, passes
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _layer(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Reduction axes of whole layers: the groups', and the last that indexes groups."""
+    indexing = [axis for axis, n in enumerate(shape) if axis not in axes and n > 1]
+    return (*axes, *indexing[-1:])
+
+
+def adamp(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: float = 1e-8,
+    *,
+    weight_decay: ArrayLike = 0.0,
+    delta: float = 0.1,
+    wd_ratio: float = 0.1,
+    nesterov: bool = False,
+    channel_axes: ChannelAxes,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamP: AdamW whose steps lose their radial part where the gradient has none.
+
+        mu <- b1 mu + (1 - b1) g
+        nu <- b2 nu + (1 - b2) g²
+        u = mu, or b1 mu + (1 - b1) g with nesterov
+        u <- u/(1 - b1^t) / (sqrt(nu/(1 - b2^t)) + eps)
+        x <- x - learning_rate (P(u) + weight_decay rho x)
+
+    P and rho are those of `project_where_invariant`. Adam's learning rates are a good guess.
+    Classic leaves take AdamW.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment, and floor of norms.
+      weight_decay: decoupled decay, not negative.
+      delta: what counts as tangent, relative to 1/sqrt(d).
+      wd_ratio: share of the decay that what is projected takes.
+      nesterov: whether the gradient is counted once more.
+      channel_axes: the selection of the leaves that are tested, and their groups.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    Source: Heo et al., *AdamP* (arXiv 2006.08217), algorithm 3.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.adamp(0.1, channel_axes=())
+    >>> x, g = jnp.array([2.0, 0.0]), jnp.array([0.02, 1.0])
+    >>> updates, _ = tx.update(g, tx.init(x), x)  # Adam would step by 0.1 in both
+    >>> abs(so.group_inner(updates, x, channel_axes=())) < 1e-6
+    Array([ True], dtype=bool)
+    """
+    direction = _adam_with_nesterov(b1, b2, eps) if nesterov else optax.scale_by_adam(b1, b2, eps)
+    projected = project_where_invariant(
+        direction,
+        weight_decay=weight_decay,
+        delta=delta,
+        wd_ratio=wd_ratio,
+        eps=eps,
+        channel_axes=channel_axes,
+    )
+    return optax.chain(projected, scale_by_learning_rate(learning_rate))
+
+
+def _adam_with_nesterov(
+    b1: ArrayLike, b2: ArrayLike, eps: ArrayLike
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with AdamP's nesterov, whose bias correction is that of mu."""
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        plain, new = adam.update(updates, state, params)
+        count, nu = optax.tree.get(new, "count"), optax.tree.get(new, "nu")
+        correction1, correction2 = (bias_correction(b, count) for b in (b1, b2))
+
+        def add(u: jax.Array, g: jax.Array, nu: jax.Array) -> jax.Array:
+            root = jnp.sqrt(nu / correction2.astype(nu.dtype)) + jnp.asarray(eps, nu.dtype)
+            own = jnp.asarray(1 - b1, u.dtype) * g / (correction1.astype(u.dtype) * root)
+            return jnp.asarray(b1, u.dtype) * u + own.astype(u.dtype)
+
+        return jax.tree.map(add, plain, updates, nu), new
+
+    return optax.GradientTransformation(adam.init, update_fn)
+
+
+def sgdp(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float = 0.9,
+    *,
+    dampening: float = 0.0,
+    weight_decay: ArrayLike = 0.0,
+    delta: float = 0.1,
+    wd_ratio: float = 0.1,
+    nesterov: bool = False,
+    channel_axes: ChannelAxes,
+) -> optax.GradientTransformationExtraArgs:
+    """SGDP: SGD with momentum whose steps lose their radial part where the gradient has none.
+
+        m <- momentum m + (1 - dampening) g
+        u = m, or g + momentum m with nesterov
+        x <- x - learning_rate (P(u) + weight_decay rho x / (1 - momentum))
+
+    P and rho are those of `project_where_invariant`. In the published code without nesterov, u is
+    the momentum's own memory, and the projection is written into it; here the momentum stays as it
+    is. Classic leaves take SGD with decoupled decay.
+
+    Args:
+      learning_rate: a number or a schedule.
+      momentum: decay of the buffer, in [0, 1).
+      dampening: share of each gradient that is left out, in [0, 1]; the first one's too.
+      weight_decay: decoupled decay, not negative.
+      delta: what counts as tangent, relative to 1/sqrt(d).
+      wd_ratio: share of the decay that what is projected takes.
+      nesterov: whether the gradient is counted once more.
+      channel_axes: the selection of the leaves that are tested, and their groups.
+
+    Returns:
+      A gradient transformation.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    Source: Heo et al., *AdamP* (arXiv 2006.08217), algorithm 2.
+
+    >>> import jax.numpy as jnp, spherical_optax as so
+    >>> tx = so.sgdp(0.1, channel_axes=())
+    >>> x, g = jnp.array([2.0, 0.0]), jnp.array([0.02, 1.0])
+    >>> tx.update(g, tx.init(x), x)[0].round(4)
+    Array([-0. , -0.1], dtype=float32)
+    """
+    undamped = optax.trace(momentum, nesterov=False)
+    direction = optax.chain(optax.scale(1 - dampening), undamped) if dampening else undamped
+    if nesterov:
+        direction = _plus_gradient(direction, momentum)
+    projected = project_where_invariant(
+        direction,
+        weight_decay=weight_decay / (1 - momentum),
+        delta=delta,
+        wd_ratio=wd_ratio,
+        channel_axes=channel_axes,
+    )
+    return optax.chain(projected, scale_by_learning_rate(learning_rate))
+
+
+def _plus_gradient(
+    direction: optax.GradientTransformation, momentum: float
+) -> optax.GradientTransformation:
+    """`g + momentum m`, with m the direction."""
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        moved, state = direction.update(updates, state, params)
+        return jax.tree.map(lambda g, m: g + momentum * m, updates, moved), state
+
+    return optax.GradientTransformation(direction.init, update_fn)

@@ -1,0 +1,248 @@
+"""Rotational optimizers: a fixed angle per step on average, and the angles of equilibrium."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from spherical_optax._constraints import radius_at_init
+from spherical_optax._geometry import tangent
+from spherical_optax._groups import nonzero, norm, squared_norm, zeros_per_group
+from spherical_optax._leaves import map_leaves, need_params
+from spherical_optax._moments import average, bias_correction
+from spherical_optax._selection import ChannelAxes, map_selected
+
+
+class RotationalState(NamedTuple):
+    """State of `rotational`."""
+
+    inner_state: optax.OptState  # the direction's own
+    count: jax.Array  # int32 []: steps so far
+    radius: optax.Params  # float32 at least, one number per group; a scalar 0 for classic leaves
+    square: optax.Params  # moving average of |u|², likewise
+
+
+def rotational(
+    direction: optax.GradientTransformation,
+    angle: optax.ScalarOrSchedule,
+    *,
+    channel_axes: ChannelAxes,
+    update_norm_decay: ArrayLike = 0.9,
+    eps: ArrayLike = 1e-8,
+    zero_mean: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Rotational optimizer: turns each group by an angle that is fixed on average over steps.
+
+    With u the direction, R the radius at init, and per group:
+
+        u <- u - mean(u)                                        with zero_mean
+        u <- P_x(u)
+        s <- update_norm_decay s + (1 - update_norm_decay) |u|²
+        y = x - angle R u / (sqrt(s/(1 - update_norm_decay^t)) + eps)
+        x <- R y/|y|
+
+    The angle takes the place of learning rate and weight decay: `equilibrium_angle` says which one
+    AdamW comes to by itself, so that training there starts in equilibrium. A schedule of AdamW's
+    learning rate enters it as a square root. Single steps differ in length as their directions do,
+    unlike `hyperball`'s. Classic leaves take x - angle u; for a learning rate of their own put this
+    into `optax.partition`.
+
+    Args:
+      direction: an optimizer without learning rate, sign and decay, such as
+        `optax.scale_by_adam()`.
+      angle: radians per step, a number or a schedule.
+      channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
+      update_norm_decay: of the average of |u|², in [0, 1).
+      eps: added to its root.
+      zero_mean: whether directions lose their mean, for weights whose inputs have one. The
+        published constructor also takes it from the weights at the start; here they stay as they
+        are.
+
+    Returns:
+      A gradient transformation. Nothing that changes the updates may follow it.
+
+    Raises:
+      ValueError: `update` is called without the parameters.
+      ValueError, TypeError: at init, when the selection does not fit the parameters.
+
+    Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), algorithm 1.
+
+    >>> import jax.numpy as jnp, optax, spherical_optax as so
+    >>> tx = so.rotational(optax.identity(), 0.1, channel_axes=())
+    >>> x, g = jnp.array([3.0, 4.0]), jnp.array([8.0, -1.0])
+    >>> updates, _ = tx.update(g, tx.init(x), x)
+    >>> jnp.tan(so.angle_per_step(x, updates, channel_axes=())).round(5)
+    Array([0.1], dtype=float32)
+    """
+    direction = optax.with_extra_args_support(direction)
+
+    def init_fn(params: optax.Params) -> RotationalState:
+        square = map_selected(
+            lambda leaf: (
+                zeros_per_group(leaf.value, leaf.groups)
+                if leaf.spherical
+                else jnp.zeros([], jnp.float32)
+            ),
+            channel_axes,
+            params,
+        )
+        radii = map_selected(radius_at_init, channel_axes, params)
+        return RotationalState(direction.init(params), jnp.zeros([], jnp.int32), radii, square)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RotationalState]:
+        params = need_params(params, "rotational")
+        directions, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
+        theta = angle(state.count) if callable(angle) else angle
+        count = state.count + 1
+        correction = bias_correction(update_norm_decay, count)
+
+        def leaf(
+            axes: tuple[int, ...], u: jax.Array, r: jax.Array, s: jax.Array, x: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            eta = jnp.asarray(theta, u.dtype)
+            if not axes:
+                return -eta * u, r, s
+            if zero_mean:
+                u = u - jnp.mean(u, axes, keepdims=True)
+            u = tangent(x, u, axes)
+            s = average(squared_norm(u, axes), s, update_norm_decay)
+            length = jnp.sqrt(s / correction.astype(s.dtype)) + jnp.asarray(eps, s.dtype)
+            y = x - eta * r / nonzero(length) * u
+            # A group of zeros has no radius, and takes the classic step.
+            free = r == 0
+            scale = jnp.where(free, 1, r / nonzero(norm(y, axes)))
+            return jnp.where(free, -eta * u, scale * y - x), r, s
+
+        updates, radii, square = map_leaves(
+            leaf, channel_axes, directions, state.radius, state.square, params=params
+        )
+        return updates, RotationalState(inner_state, count, radii, square)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def equilibrium_angle(
+    learning_rate: ArrayLike, weight_decay: ArrayLike, *, b1: ArrayLike = 0.9
+) -> jax.Array:
+    """Angle per step at which AdamW's decay and steps keep a group's radius in balance.
+
+        sqrt(2 learning_rate weight_decay (1 - b1)/(1 + b1))
+
+    For gradients that are independent from step to step. It takes some 1/(2 learning_rate
+    weight_decay) steps to come near it.
+
+    Args:
+      learning_rate: AdamW's, of any shape.
+      weight_decay: decoupled: a step shortens x by learning_rate weight_decay x.
+      b1: decay of the first moment.
+
+    Returns:
+      Radians.
+
+    Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), table 1.
+
+    >>> import spherical_optax as so
+    >>> so.equilibrium_angle(1e-3, 0.1, b1=0.9).round(5)
+    Array(0.00324, dtype=float32, weak_type=True)
+    """
+    share = (1 - jnp.asarray(b1)) / (1 + jnp.asarray(b1))
+    return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay * share)
+
+
+def equilibrium_angle_of_sgd(
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike,
+    *,
+    momentum: ArrayLike = 0.9,
+) -> jax.Array:
+    """Angle per step at which the L2 and steps of SGD with momentum keep a radius in balance.
+
+        sqrt(2 learning_rate weight_decay / (1 + momentum))
+
+    For gradients that are independent from step to step.
+
+    Args:
+      learning_rate: SGD's, of any shape.
+      weight_decay: coupled: added to the gradient as weight_decay x.
+      momentum: decay of the buffer, whose gradients come in undampened.
+
+    Returns:
+      Radians.
+
+    Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), table 1.
+
+    >>> import spherical_optax as so
+    >>> so.equilibrium_angle_of_sgd(0.1, 5e-4, momentum=0.0).round(5)
+    Array(0.01, dtype=float32, weak_type=True)
+    """
+    return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay / (1 + jnp.asarray(momentum)))
+
+
+def equilibrium_angle_of_sgd_mrt(
+    learning_rate: ArrayLike, weight_decay: ArrayLike, *, dampening: ArrayLike = 0.0
+) -> jax.Array:
+    """Angle per step at which the L2 and steps of `sgd_mrt` keep a radius in balance.
+
+        sqrt(2 learning_rate weight_decay (1 - dampening))
+
+    For any gradients and any momentum: the transport takes the decay's radial part out of the
+    buffer at each step, and leaves tangents only.
+
+    Args:
+      learning_rate: SGD-MRT's, of any shape.
+      weight_decay: coupled: added to the gradient as weight_decay x.
+      dampening: share of each gradient that is left out.
+
+    Returns:
+      Radians.
+
+    Source: the balance of 2 η λ r² against |step|², derived here.
+
+    >>> import spherical_optax as so
+    >>> so.equilibrium_angle_of_sgd_mrt(0.1, 5e-4).round(5)
+    Array(0.01, dtype=float32, weak_type=True)
+    """
+    share = 1 - jnp.asarray(dampening)
+    return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay * share)
+
+
+def equilibrium_angle_of_lion(
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike,
+    *,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
+) -> jax.Array:
+    """Angle per step at which Lion's decay and steps keep a group's radius in balance.
+
+        sqrt(π learning_rate weight_decay ((1 - b1)² + b1² (1 - b2)/(1 + b2)))
+
+    For gradients that are normal and independent from step to step.
+
+    Args:
+      learning_rate: Lion's, of any shape.
+      weight_decay: decoupled.
+      b1: share of the momentum in the step.
+      b2: decay of the momentum.
+
+    Returns:
+      Radians.
+
+    Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), table 1.
+
+    >>> import spherical_optax as so
+    >>> so.equilibrium_angle_of_lion(1e-4, 1.0, b1=0.9, b2=0.99).round(5)
+    Array(0.00209, dtype=float32, weak_type=True)
+    """
+    b1, b2 = jnp.asarray(b1), jnp.asarray(b2)
+    share = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
+    return jnp.sqrt(jnp.pi * jnp.asarray(learning_rate) * weight_decay * share)
