@@ -14,9 +14,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import train_cifar
-from cifar import data, models, programs, runs
+from cifar import data, models, report, runs
 from ends import assert_same_end, figures, last_arrays
-from tiny import Tiny, make_data
+from tiny import Tiny, compile_once, make_data, use_tiny
 
 COMMAND = Path(__file__).with_name("tiny_command.py")
 SAYS = runs.say
@@ -24,12 +24,11 @@ SAYS = runs.say
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny(compiled_quickly):
-    """Trains the tiny network on tiny images, on one device."""
-    make_mesh = programs.make_mesh
+    """Trains the tiny network on tiny images, on one device, and draws nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "resnet20", Tiny)
-        patch.setattr(data, "load", lambda *_, **__: make_data(pad=2, flip=True))
-        patch.setattr(programs, "make_mesh", lambda devices: make_mesh(devices[:1]))
+        use_tiny(patch, make_data())
+        patch.setattr(report, "draw_curves", lambda path, *_, **__: path.write_bytes(b"picture"))
+        compile_once(patch)
         yield
 
 
@@ -308,16 +307,15 @@ def test_several_seeds(together, whole, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_seed_that_fails_leaves_the_others(together, tmp_path, monkeypatch, capsys):
-    class Fragile(Tiny):
-        made = 0
+    made = []
 
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            Fragile.made += 1
-            if Fragile.made == 2:
-                self.linear.bias[...] = self.linear.bias[...] + np.nan
+    def fragile(*args, **kwargs) -> Tiny:
+        made.append(Tiny(*args, **kwargs))
+        if len(made) == 2:
+            made[-1].linear.bias[...] = made[-1].linear.bias[...] + np.nan
+        return made[-1]
 
-    monkeypatch.setitem(models.MODELS, "resnet20", Fragile)
+    monkeypatch.setitem(models.MODELS, "resnet20", fragile)
     if together:
         monkeypatch.setattr(train_cifar, "_groups", lambda args: [[1, 2, 3]])
     output = tmp_path / "run"
