@@ -33,7 +33,7 @@ def tiny(compiled_quickly):
 
 
 def train(output: Path, *options: str) -> int:
-    arguments = f"--epochs 4 --batch_size 5 --seed 2 --geometry --output {output}".split()
+    arguments = f"--epochs 4 --batch_size 5 --seed 3 --geometry --output {output}".split()
     return train_cifar.main([*arguments, *options])
 
 
@@ -42,6 +42,8 @@ def whole(tmp_path_factory) -> Path:
     """The output of a run that nothing disturbed."""
     output = tmp_path_factory.mktemp("whole") / "run"
     assert train(output) == 0
+    # So a run that goes on must know its best network of before.
+    assert json.loads((output / "summary.json").read_text())["best_epoch"] == 1
     return output
 
 
@@ -178,7 +180,7 @@ def test_a_finished_run_is_left_alone(whole, capsys):
         ("--epochs 5", "epochs 4 and not 5"),
         ("--seeds 2", "seeds 1 and not 2"),
         ("--precision bfloat16", "precision float32 and not bfloat16"),
-        ("--learning_rate 0.01 --seed 3", "learning_rate 0.001 and not 0.01, seed 2 and not 3"),
+        ("--learning_rate 0.01 --seed 4", "learning_rate 0.001 and not 0.01, seed 3 and not 4"),
     ],
 )
 def test_a_run_with_other_arguments_is_refused(options, named, whole, capsys):
@@ -235,9 +237,9 @@ def test_a_set_with_other_images_is_refused(whole, tmp_path, monkeypatch, capsys
 def test_seeds_that_were_trained_in_turn_are_not_resumed_at_once(tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        signal_at(patch, "seed 3: epoch 2/4", signal.SIGTERM)
+        signal_at(patch, "seed 4: epoch 2/4", signal.SIGTERM)
         assert train(output, "--seeds", "2") == 143
-    monkeypatch.setattr(train_cifar, "_groups", lambda args: [[2, 3]])
+    monkeypatch.setattr(train_cifar, "_groups", lambda args: [[3, 4]])
     assert train(output, "--seeds", "2", "--resume") == 2
     assert "holds a run with seeds_at_once 1 and not 2" in capsys.readouterr().err
 
@@ -302,7 +304,7 @@ def test_several_seeds(together, whole, tmp_path, monkeypatch, capsys):
         "(standard deviation) of 3 seeds."
     )
     if not together:
-        assert figures(output / "seed-2")[1] == figures(whole)[1]
+        assert figures(output / "seed-3")[1] == figures(whole)[1]
 
 
 @pytest.mark.parametrize("together", [False, True])
