@@ -102,7 +102,7 @@ def test_killed_at_random_moments(whole, trainer, tmp_path):
 def test_interrupted(send, patience, code, whole, trainer, tmp_path):
     output = tmp_path / "table"
     begun = output / "cells/cifar10/resnet20/sgd/seeds-0-1/seed-1/metrics.jsonl"
-    process = start(trainer, output, *TWO, patience=patience, SECONDS="1")
+    process = start(trainer, output, *TWO, patience=patience, SLOW="sgd:1:30")
     wait_for(begun.exists, process)
     send(process)
     out, err = process.communicate(timeout=30)
@@ -123,7 +123,7 @@ def test_more_seeds_than_an_interrupted_command_had(trainer, tmp_path):
     """What had been finished counts, and is not trained again."""
     output = tmp_path / "table"
     begun = output / "cells/cifar10/resnet20/adam/seeds-0-1/seed-1/metrics.jsonl"
-    process = start(trainer, output, *TWO, SECONDS="1")
+    process = start(trainer, output, *TWO, SLOW="adam:1:30")
     wait_for(begun.exists, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143
@@ -148,7 +148,7 @@ def test_an_interrupted_trainer_stops_the_table(own, trainer, no_picture, tmp_pa
 def test_waits_for_a_trainer_that_outlived_its_killed_parent(whole, trainer, tmp_path):
     output = tmp_path / "table"
     begun = output / "cells/cifar10/resnet20/adam/seeds-0-1/seed-0/metrics.jsonl"
-    process = start(trainer, output, *TWO, SECONDS="0.5")
+    process = start(trainer, output, *TWO, SLOW="adam:0:1")
     wait_for(begun.exists, process)
     process.kill()
     again = start(trainer, output, *TWO)
@@ -161,7 +161,7 @@ def test_waits_for_a_trainer_that_outlived_its_killed_parent(whole, trainer, tmp
 
 def test_two_commands_share_an_output(whole, trainer, tmp_path):
     output = tmp_path / "table"
-    both = [start(trainer, output, *TWO, SECONDS="0.02") for _ in range(2)]
+    both = [start(trainer, output, *TWO, SLOW="adam:0:0.1") for _ in range(2)]
     for process in both:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err

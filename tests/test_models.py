@@ -14,6 +14,8 @@ from flax import nnx
 import spherical_optax as so
 from cifar import models, recipes
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 GOLDENS = Path(__file__).parent / "goldens"
 FACTS = json.loads((GOLDENS / "models.json").read_text())
 IMAGES = jnp.asarray(np.sin(0.01 * np.arange(8 * 32 * 32 * 3)).reshape(8, 32, 32, 3), jnp.float32)
@@ -111,7 +113,7 @@ def test_logits_of_the_published_implementation(name, mode):
 
 @cache
 def initial() -> Any:
-    return models.resnet20(10, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda: models.resnet20(10, rngs=nnx.Rngs(0)))()
 
 
 def test_initial_weights_are_uniform_in_one_over_root_fan_in():

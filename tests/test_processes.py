@@ -71,30 +71,26 @@ def wait_for(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 
 @pytest.mark.slow
-def test_one_device_eight_and_two_processes_of_four_give_the_same_curve(tmp_path):
+def test_one_device_and_two_processes_of_four_give_the_same_curve(tmp_path):
     """21 steps in float32: two batches of 8 in each epoch are shared out, and one of 6 is not."""
     arguments = "--epochs 7 --batch_size 8 --seeds 1 --optimizer adamsrt --geometry --output"
-    for devices in (1, 8):
-        output = tmp_path / f"{devices}"
-        ((code, _, err),) = wait_for(
-            [start_command(f"{arguments} {output}", JAX_NUM_CPU_DEVICES=f"{devices}")]
-        )
-        assert code == 0, err
+    alone = start_command(f"{arguments} {tmp_path / 'alone'}", JAX_NUM_CPU_DEVICES="1")
+    ((code, _, err),) = wait_for([alone])
+    assert code == 0, err
     leader, other = wait_for(start_processes(f"{arguments} {tmp_path / 'processes'}"))
     assert leader[0] == other[0] == 0, leader[2] + other[2]
     assert "on 8 x cpu" in leader[1] and "epoch 7/7" in leader[1]
-    # One process prints and writes; Gloo's lines are from XLA.
-    assert [line for line in other[1].splitlines() if not line.startswith("[Gloo]")] == []
-    names = {path.name for path in (tmp_path / "1").iterdir()}
+    # One process prints and writes; the other's lines are Gloo's, whose threads tear them.
+    assert not any(word in other[1] for word in ("resnet20", "epoch", "accuracy"))
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
     assert {path.name for path in (tmp_path / "processes").iterdir()} == names
 
-    expected, lines = figures(tmp_path / "1")
-    for name in ("8", "processes"):
-        result, curve = figures(tmp_path / name)
-        assert result[:3] == pytest.approx(expected[:3], abs=1e-4) and result[3] == expected[3]
-        assert len(curve) == 7
-        for line, wanted in zip(curve, lines, strict=True):
-            assert line == pytest.approx(wanted, abs=1e-4)
+    expected, lines = figures(tmp_path / "alone")
+    result, curve = figures(tmp_path / "processes")
+    assert result[:3] == pytest.approx(expected[:3], abs=1e-4) and result[3] == expected[3]
+    assert len(curve) == 7
+    for line, wanted in zip(curve, lines, strict=True):
+        assert line == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -125,12 +121,12 @@ def test_processes_stop_together_and_go_on(tmp_path):
     assert [code for code, *_ in wait_for(processes)] == [130, 130]
 
 
-@pytest.mark.slow  # it starts the command a dozen times
+@pytest.mark.slow  # it starts the command nine times
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
-    """SIGKILL ten times, anywhere: while starting, compiling, training, writing, ending."""
+    """SIGKILL seven times, anywhere: while starting, compiling, training, writing, ending."""
 
     def start(output: Path) -> subprocess.Popen:
-        return start_command(f"--epochs 300 --batch_size 5 --resume --output {output}")
+        return start_command(f"--epochs 300 --batch_size 11 --resume --output {output}")
 
     began = time.monotonic()
     undisturbed = start(tmp_path / "undisturbed")
@@ -140,7 +136,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
 
     output, rng = tmp_path / "killed", random.Random(0)
     kills, went_on = 0, 0
-    while kills < 10:
+    while kills < 7:
         process = start(output)
         out = ""
         if kills % 3:  # after a line that it prints: the first is before compilation

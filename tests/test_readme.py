@@ -26,7 +26,7 @@ ONE_LINE = README.replace("\\\n", " ").replace("$optimizer", "adam")
 COMMANDS = re.findall(r"python (?:examples|benchmarks)/(\w+)\.py (.+)", ONE_LINE)
 
 
-def test_the_python_blocks_run_and_print_what_the_text_says(capsys):
+def test_the_python_blocks_run_and_print_what_the_text_says(compiled_quickly, capsys):
     namespace = {}
     pairs = zip(BLOCKS, [*BLOCKS[1:], ("", "")], strict=True)
     count = 0

@@ -14,9 +14,9 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import train_cifar
-from cifar import data, models, programs, runs
+from cifar import data, models, report, runs
 from ends import assert_same_end, figures, last_arrays
-from tiny import Tiny, make_data
+from tiny import Tiny, compile_once, make_data, use_tiny
 
 COMMAND = Path(__file__).with_name("tiny_command.py")
 SAYS = runs.say
@@ -24,17 +24,16 @@ SAYS = runs.say
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny(compiled_quickly):
-    """Trains the tiny network on tiny images, on one device."""
-    make_mesh = programs.make_mesh
+    """Trains the tiny network on tiny images, on one device, and draws nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "resnet20", Tiny)
-        patch.setattr(data, "load", lambda *_, **__: make_data(pad=2, flip=True))
-        patch.setattr(programs, "make_mesh", lambda devices: make_mesh(devices[:1]))
+        use_tiny(patch, make_data())
+        patch.setattr(report, "draw_curves", lambda path, *_, **__: path.write_bytes(b"picture"))
+        compile_once(patch)
         yield
 
 
 def train(output: Path, *options: str) -> int:
-    arguments = f"--epochs 4 --batch_size 5 --seed 2 --geometry --output {output}".split()
+    arguments = f"--epochs 4 --batch_size 5 --seed 3 --geometry --output {output}".split()
     return train_cifar.main([*arguments, *options])
 
 
@@ -43,6 +42,8 @@ def whole(tmp_path_factory) -> Path:
     """The output of a run that nothing disturbed."""
     output = tmp_path_factory.mktemp("whole") / "run"
     assert train(output) == 0
+    # So a run that goes on must know its best network of before.
+    assert json.loads((output / "summary.json").read_text())["best_epoch"] == 1
     return output
 
 
@@ -179,7 +180,7 @@ def test_a_finished_run_is_left_alone(whole, capsys):
         ("--epochs 5", "epochs 4 and not 5"),
         ("--seeds 2", "seeds 1 and not 2"),
         ("--precision bfloat16", "precision float32 and not bfloat16"),
-        ("--learning_rate 0.01 --seed 3", "learning_rate 0.001 and not 0.01, seed 2 and not 3"),
+        ("--learning_rate 0.01 --seed 4", "learning_rate 0.001 and not 0.01, seed 3 and not 4"),
     ],
 )
 def test_a_run_with_other_arguments_is_refused(options, named, whole, capsys):
@@ -236,9 +237,9 @@ def test_a_set_with_other_images_is_refused(whole, tmp_path, monkeypatch, capsys
 def test_seeds_that_were_trained_in_turn_are_not_resumed_at_once(tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        signal_at(patch, "seed 3: epoch 2/4", signal.SIGTERM)
+        signal_at(patch, "seed 4: epoch 2/4", signal.SIGTERM)
         assert train(output, "--seeds", "2") == 143
-    monkeypatch.setattr(train_cifar, "_groups", lambda args: [[2, 3]])
+    monkeypatch.setattr(train_cifar, "_groups", lambda args: [[3, 4]])
     assert train(output, "--seeds", "2", "--resume") == 2
     assert "holds a run with seeds_at_once 1 and not 2" in capsys.readouterr().err
 
@@ -303,21 +304,20 @@ def test_several_seeds(together, whole, tmp_path, monkeypatch, capsys):
         "(standard deviation) of 3 seeds."
     )
     if not together:
-        assert figures(output / "seed-2")[1] == figures(whole)[1]
+        assert figures(output / "seed-3")[1] == figures(whole)[1]
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_seed_that_fails_leaves_the_others(together, tmp_path, monkeypatch, capsys):
-    class Fragile(Tiny):
-        made = 0
+    made = []
 
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            Fragile.made += 1
-            if Fragile.made == 2:
-                self.linear.bias[...] = self.linear.bias[...] + np.nan
+    def fragile(*args, **kwargs) -> Tiny:
+        made.append(Tiny(*args, **kwargs))
+        if len(made) == 2:
+            made[-1].linear.bias[...] = made[-1].linear.bias[...] + np.nan
+        return made[-1]
 
-    monkeypatch.setitem(models.MODELS, "resnet20", Fragile)
+    monkeypatch.setitem(models.MODELS, "resnet20", fragile)
     if together:
         monkeypatch.setattr(train_cifar, "_groups", lambda args: [[1, 2, 3]])
     output = tmp_path / "run"

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 import train_cifar
-from cifar import data, models, programs, recipes, report, training
-from tiny import Tiny, make_split
+from cifar import data, programs, recipes, report, training
+from tiny import compile_once, make_split, use_tiny
 
 SCRIPT = Path(train_cifar.__file__)
+COMMAND = Path(__file__).with_name("tiny_command.py")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tiny(compiled_quickly):
     """Trains the tiny network instead of ResNet-20, on one device."""
-    make_mesh = programs.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "resnet20", Tiny)
-        patch.setattr(programs, "make_mesh", lambda devices: make_mesh(devices[:1]))
+        use_tiny(patch)
+        compile_once(patch)
         yield
 
 
@@ -259,7 +259,8 @@ def test_an_interrupt_in_a_callback_of_compiled_code_is_not_lost(folder, tiny, m
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(programs, "make_step", make_calling_step)
-    assert train_cifar.main(run_arguments(folder)) == 130
+    # Another size of batch, as the programs of this one are compiled.
+    assert train_cifar.main([*run_arguments(folder), "--batch_size", "20"]) == 130
     err = capfd.readouterr().err
     assert swallowed and err == (
         "\nstopping at the next step; Ctrl-C again stops at once\n"
@@ -268,12 +269,12 @@ def test_an_interrupt_in_a_callback_of_compiled_code_is_not_lost(folder, tiny, m
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_interrupted_after_some_epochs(folder, tmp_path):
-    """The real command with a real network, ended by Ctrl-C."""
+def test_interrupted_after_some_epochs(tmp_path):
+    """The command in a process of its own, ended by Ctrl-C."""
     output = tmp_path / "run"
-    arguments = f"--dataset folder:{folder} --epochs 100000 --batch_size 20 --output {output}"
+    arguments = f"--epochs 100000 --batch_size 11 --output {output}"
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments.split()],
+        [sys.executable, str(COMMAND), *arguments.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

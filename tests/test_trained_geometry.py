@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import spherical_optax as so
 import train_cifar
-from cifar import data, models, recipes, report, training
-from tiny import Tiny, make_data, prepare
+from cifar import recipes, report, training
+from tiny import Tiny, make_data, prepare, use_tiny
 
 SCHEDULE = optax.constant_schedule(0.1)
 AXES = recipes.spheres()
@@ -24,8 +25,7 @@ def _quickly(compiled_quickly):
 @pytest.mark.parametrize("driver", ["loop", "scan"])
 def test_an_epoch_has_the_figures_of_all_its_steps(driver):
     tx = so.with_geometry(optax.sgd(SCHEDULE, 0.9), channel_axes=AXES)
-    images = make_data(pad=2)
-    trainer, seeds, run = prepare(tx, images, batch_size=5, seeds=(0, 3), driver=driver)
+    trainer, seeds, run = prepare(tx, make_data(), batch_size=5, seeds=(0, 3), driver=driver)
     order, key = trainer.shuffle(seeds, 1)
     state, steps = jax.tree.map(jax.numpy.copy, run.state), []
     for index in range(0, trainer.steps, 4 if driver == "scan" else 1):
@@ -81,13 +81,20 @@ def test_what_is_lost_of_a_file_stays_empty(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
-def test_the_command_records_every_optimizer_and_trains_as_without(
-    optimizer, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(models.MODELS, "resnet20", Tiny)
-    monkeypatch.setattr(data, "load", lambda *_, **__: make_data(pad=2, flip=True))
+def test_every_optimizers_kernels_and_momentum_are_measured(optimizer):
+    recipe, _ = recipes.recipe("cifar10", "resnet20", optimizer)
+    tx = so.with_geometry(recipes.make_optimizer(optimizer, recipe, 0.1), channel_axes=AXES)
+    params = nnx.state(Tiny(4, rngs=nnx.Rngs(0)), nnx.Param)
+    figures = jax.eval_shape(lambda params: so.geometry(tx.init(params)), params)
+    measures = {name.rpartition("/")[0] for name in figures}
+    assert {name.rpartition("/")[0] for name in measures} == {"conv/kernel"}
+    assert {"conv/kernel/angle", "conv/kernel/momentum_radial_fraction"} <= measures
+
+
+def test_the_command_records_the_geometry_and_trains_as_without(tmp_path, monkeypatch, capsys):
+    use_tiny(monkeypatch, make_data())
     plain, watched = tmp_path / "plain", tmp_path / "watched"
-    arguments = ["--epochs", "2", "--batch_size", "8", "--optimizer", optimizer, "--output"]
+    arguments = ["--epochs", "2", "--batch_size", "11", "--output"]
     assert train_cifar.main([*arguments, str(plain)]) == 0
     assert train_cifar.main([*arguments, str(watched), "--geometry"]) == 0
     assert not (plain / "geometry.jsonl").exists()
@@ -109,18 +116,14 @@ def test_the_command_records_every_optimizer_and_trains_as_without(
     # XLA may fuse, and so round, differently.
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
+    # A run is resumed as it began.
+    capsys.readouterr()
+    assert train_cifar.main([*arguments, str(plain), "--resume", "--geometry"]) == 2
+    assert "holds a run with geometry False and not True" in capsys.readouterr().err
+
 
 def test_geometry_needs_an_output(capsys):
     with pytest.raises(SystemExit) as end:
         train_cifar.main(["--geometry"])
     assert end.value.code == 2
     assert capsys.readouterr().err.endswith("error: --geometry needs --output\n")
-
-
-def test_a_run_is_resumed_as_it_began(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(models.MODELS, "resnet20", Tiny)
-    monkeypatch.setattr(data, "load", lambda *_, **__: make_data())
-    arguments = ["--epochs", "1", "--batch_size", "8", "--output", str(tmp_path / "run")]
-    assert train_cifar.main(arguments) == 0
-    assert train_cifar.main([*arguments, "--resume", "--geometry"]) == 2
-    assert "holds a run with geometry False and not True" in capsys.readouterr().err

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
-from cifar import programs, training
+from cifar import data, models, programs, training
 from cifar.data import DataSet, Split
 
 
@@ -78,3 +79,32 @@ def prepare(
         graphdef, tx, images, of_seeds, run.state, batch_size=batch_size, mesh=mesh, driver=driver
     )
     return trainer, of_seeds, run
+
+
+def use_tiny(patch: pytest.MonkeyPatch, images: DataSet | None = None) -> None:
+    """Commands train the tiny network instead of ResNet-20, on one device."""
+    make_mesh = programs.make_mesh
+    patch.setitem(models.MODELS, "resnet20", Tiny)
+    patch.setattr(programs, "make_mesh", lambda devices: make_mesh(devices[:1]))
+    if images:
+        patch.setattr(data, "load", lambda *_, **__: images)
+
+
+def compile_once(patch: pytest.MonkeyPatch) -> None:
+    """Commands with the same network, optimizer and images share their programs, which are pure.
+
+    Only an optimizer's state tells it from others here: tests that share programs must agree in its
+    learning rate and decay, and so in the number of epochs.
+    """
+    compile_trainer, compiled = programs.compile_trainer, {}
+
+    def shared(graphdef, tx, images, seeds, state, **options):
+        leaves, tree = jax.tree.flatten((seeds, state))
+        shapes = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+        pixels = images.train.images.tobytes(), images.test.images.tobytes()
+        key = graphdef, tree, shapes, pixels, images[4:], *options.items()
+        if key not in compiled:
+            compiled[key] = compile_trainer(graphdef, tx, images, seeds, state, **options)
+        return compiled[key]
+
+    patch.setattr(programs, "compile_trainer", shared)
