@@ -103,44 +103,38 @@ def _plot(args: argparse.Namespace) -> None:
     print(f"The curves of {count} in {args.output}.", flush=True)
 
 
-def equilibrium_angle(
-    optimizer: str, recipe: recipes.Recipe, learning_rate: np.ndarray | float
+def predicted_angle(
+    optimizer: str, recipe: recipes.Recipe, learning_rate: np.ndarray
 ) -> np.ndarray | None:
     """The angle per step at which weight decay and steps keep a sphere's radius in balance.
 
-        adamw     sqrt(2 η λ (1 - b1) / (1 + b1))
-        sgd       sqrt(2 η λ / (1 + μ))
-        sgdmrt    sqrt(2 η λ)
-
-    The balance is between the radius' shrinking by decay and its growth by tangent steps:
-    per step 2 η λ r² against |step|² for `sgdmrt`, whose buffer keeps of its past only tangent
-    parts, so that its momentum μ has no say. With the momenta that are not transported, successive
-    steps add up, and so does the decay in `sgd`'s buffer. The first two lines hold for gradients
-    that are independent from step to step, the third for any.
+    With the momenta that are not transported, successive steps add up, and so does the decay in
+    `sgd`'s buffer: the angles of `adamw` and `sgd` are for gradients that are independent from step
+    to step. `rotational` is set to the former.
 
     Args:
       optimizer: one of `recipes.OPTIMIZERS`.
-      recipe: with its weight decay λ, and b1 or momentum μ.
-      learning_rate: η, any shape.
+      recipe: with its weight decay, and b1 or momentum.
+      learning_rate: of any shape.
 
     Returns:
-      Radians in the shape of η; None without decay, and where the balance depends on the size of
-      the gradients (`adam`, `adams`, `adamsrt`) or is none (`adamg`).
-
-    Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), for the first two.
+      Radians in the shape of the learning rate; None without decay, and where the balance depends
+      on the size of the gradients (`adam`, `adams`, `adamsrt`) or there is none.
     """
-    match optimizer:
-        case "adamw":
-            share = (1 - recipe.b1) / (1 + recipe.b1)
-        case "sgd":
-            share = 1 / (1 + recipe.momentum)
-        case "sgdmrt":
-            share = 1.0
-        case _:
-            return None
-    if recipe.weight_decay == 0:
+    if recipe.weight_decay == 0 or optimizer not in ("adamw", "rotational", "sgd", "sgdmrt"):
         return None
-    return np.sqrt(2 * np.asarray(learning_rate) * recipe.weight_decay * share)
+    import spherical_optax as so  # here, so that --help and a refusal do not wait for JAX
+
+    match optimizer:
+        case "sgd":
+            angle = so.equilibrium_angle_of_sgd(
+                learning_rate, recipe.weight_decay, momentum=recipe.momentum
+            )
+        case "sgdmrt":
+            angle = so.equilibrium_angle_of_sgd_mrt(learning_rate, recipe.weight_decay)
+        case _:
+            angle = so.equilibrium_angle(learning_rate, recipe.weight_decay, b1=recipe.b1)
+    return np.asarray(angle)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:
@@ -189,7 +183,7 @@ def _read_run(directory: Path) -> Run | None:
     setting = (str(arguments[key]) for key in ("dataset", "model", "optimizer"))
     recipe = recipes.recipe(*setting)[0]._replace(weight_decay=arguments["weight_decay"])
     rates = np.array([epoch["learning_rate"] for epoch in metrics[:epochs]])
-    predicted = equilibrium_angle(arguments["optimizer"], recipe, rates)
+    predicted = predicted_angle(arguments["optimizer"], recipe, rates)
     return Run(directory, arguments, layers, curves, predicted)
 
 

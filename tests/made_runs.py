@@ -42,7 +42,7 @@ def make_run(directory: Path, *, epochs=4, done=None, test_accuracy=None, **chan
 
 
 LAYERS = ("conv1/kernel", "blocks/0/conv1/kernel", "blocks/0/conv2/kernel")
-OF_GEOMETRY = ("angle", "effective_learning_rate", "radius", "radial_fraction", "deformation")
+OF_GEOMETRY = ("angle", "turn_per_gradient", "radius", "radial_fraction", "deformation")
 
 
 def add_geometry(run: Path, *, layers=LAYERS, momentum=True) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cifar import recipes
-from plot_geometry import equilibrium_angle
+from plot_geometry import predicted_angle
 
 
 def walk(
@@ -48,7 +48,7 @@ def test_the_prediction_is_the_angle_of_random_gradients(optimizer):
     angles, radii = walk(optimizer, recipe, rate)
     # A balance is reached: the radii have stopped, up to fluctuations.
     np.testing.assert_allclose(radii[500:1000].mean(), radii[1000:].mean(), rtol=0.03)
-    predicted = equilibrium_angle(optimizer, recipe, rate)
+    predicted = predicted_angle(optimizer, recipe, rate)
     # On each sphere: the size of the gradients has no say. Of 500 steps the mean fluctuates like
     # the radius; momenta of other optimizers would be wrong by a factor of 1.3 or more.
     np.testing.assert_allclose(angles[1000:].mean(axis=0), predicted, rtol=0.05)
@@ -58,9 +58,9 @@ def test_the_prediction_is_the_angle_of_random_gradients(optimizer):
 def test_no_prediction_without_decay_or_with_one_that_the_gradients_scale(optimizer):
     rates = np.array([0.1, 0.01])
     recipe = recipes.Recipe(learning_rate=0.1, weight_decay=0.01)
-    assert equilibrium_angle(optimizer, recipe._replace(weight_decay=0.0), rates) is None
-    angles = equilibrium_angle(optimizer, recipe, rates)
-    if optimizer in ("adamw", "sgd", "sgdmrt"):
-        np.testing.assert_allclose(angles[0] / angles[1], np.sqrt(10), rtol=1e-12)
+    assert predicted_angle(optimizer, recipe._replace(weight_decay=0.0), rates) is None
+    angles = predicted_angle(optimizer, recipe, rates)
+    if optimizer in ("adamw", "rotational", "sgd", "sgdmrt"):
+        np.testing.assert_allclose(angles[0] / angles[1], np.sqrt(10), rtol=1e-6)
     else:
         assert angles is None

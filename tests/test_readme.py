@@ -62,11 +62,11 @@ def test_the_commands_are_understood(name, arguments, capsys):
 def test_the_table_is_the_papers_and_that_of_the_raw_results():
     lines = README[README.index("| test accuracy, %") :].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:9]]
-    assert [row[0].split("`")[1] for row in rows] == list(recipes.OPTIMIZERS)
+    assert [row[0].split("`")[1] for row in rows] == list(recipes.OF_THE_PAPER)
     results = [
         table_runs.load(RESULTS / name / "runs.jsonl")[0] for name in ("cifar10_jpeg", "digits")
     ]
-    for (_, *figures), name in zip(rows, recipes.OPTIMIZERS, strict=True):
+    for (_, *figures), name in zip(rows, recipes.OF_THE_PAPER, strict=True):
         paper = [f"{paper_table.PAPER[s][name].mean:.2f}" for s in paper_table.SETTINGS]
         here = []
         for runs in results:
@@ -75,7 +75,7 @@ def test_the_table_is_the_papers_and_that_of_the_raw_results():
             deviation = f" ± {np.std(accuracies, ddof=1):.2f}" if len(accuracies) > 1 else ""
             here.append(figure + deviation)
         assert figures == paper + here
-    assert rows[list(recipes.OPTIMIZERS).index("adamg")][0] == "`adamg` ¹"
+    assert rows[list(recipes.OF_THE_PAPER).index("adamg")][0] == "`adamg` ¹"
 
 
 @pytest.mark.parametrize("name", ["cifar10_jpeg", "digits"])

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import spherical_optax as so
 from cifar import recipes
 
 PUBLISHED = json.loads((Path(__file__).parent / "goldens" / "recipes.json").read_text())
@@ -26,7 +27,7 @@ def test_there_are_49_recipes():
     ours = {(*setting, name) for setting, row in recipes.RECIPES.items() for name in row}
     assert ours == set(CELLS)
     assert {model for _, model, _ in CELLS} == set(recipes.MODELS)
-    assert {optimizer for _, _, optimizer in CELLS} == set(recipes.OPTIMIZERS)
+    assert {optimizer for _, _, optimizer in CELLS} == set(recipes.OF_THE_PAPER)
 
 
 @pytest.mark.parametrize(("dataset", "model", "optimizer"), CELLS)
@@ -108,6 +109,30 @@ def run(
     return history
 
 
+def test_relatives_have_one_recipe_for_all_settings():
+    for name in recipes.RELATIVES:
+        assert recipes.recipe("digits", "resnet20", name) == (recipes.RELATIVES[name], True)
+    assert not recipes.RELATIVES.keys() & set(recipes.OF_THE_PAPER)
+
+
+@pytest.mark.parametrize("name", ["adamh", "muonh", "rotational"])
+def test_the_relatives_keep_the_radii_and_train_the_others_by_adamw(name):
+    (updates,) = run(name, weight_decay=0.0 if name == "rotational" else DECAY)
+    kernel = PARAMS["conv1"]["kernel"]
+    axes = (0, 1) if name == "muonh" else -1
+    if name != "rotational":  # whose angle is zero without decay
+        assert np.abs(updates["conv1"]["kernel"]).max() > 1e-4
+    norms = [
+        so.group_norm(x, channel_axes=axes) for x in (kernel, kernel + updates["conv1"]["kernel"])
+    ]
+    np.testing.assert_allclose(*norms, rtol=1e-6)
+    rate = RATE if name == "rotational" else 0.05 * RATE
+    decay = 0.0 if name == "rotational" else DECAY
+    linear = PARAMS["linear"]["kernel"]
+    want = -rate * (np.sign(GRADS["linear"]["kernel"]) + decay * linear)
+    np.testing.assert_allclose(updates["linear"]["kernel"], want, rtol=1e-4, atol=1e-8)
+
+
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of the angles between the output channels of two kernels."""
     a, b = (np.reshape(x, (-1, x.shape[-1])) for x in (a, b))
@@ -138,7 +163,7 @@ def test_adamg_puts_filters_on_the_unit_sphere():
     np.testing.assert_allclose(norms, 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", recipes.OPTIMIZERS)
+@pytest.mark.parametrize("name", recipes.OF_THE_PAPER)
 def test_weight_decay_is_coupled_except_in_adamw(name):
     (updates,) = run(name, jax.tree.map(jnp.zeros_like, PARAMS), weight_decay=DECAY)
     got = np.asarray(updates["linear"]["kernel"])

@@ -7,7 +7,7 @@ defaults from here and still answer `--help` at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import optax
@@ -108,7 +108,16 @@ RECIPES: dict[tuple[str, str], dict[str, Recipe]] = {
     },
 }
 
-OPTIMIZERS = ("adams", "adamsrt", "adamw", "adam", "adamg", "sgd", "sgdmrt")
+OF_THE_PAPER = ("adams", "adamsrt", "adamw", "adam", "adamg", "sgd", "sgdmrt")
+# The paper has none of these. The figures train digits, and are where to start from elsewhere.
+RELATIVES = {
+    "adamh": Recipe(learning_rate=0.02, weight_decay=0.0, b2=0.95),
+    "muonh": Recipe(learning_rate=0.02, weight_decay=0.0, b2=0.95, momentum=0.95),
+    "adamp": Recipe(learning_rate=1e-3, weight_decay=0.01),
+    "sgdp": Recipe(learning_rate=0.1, weight_decay=1e-4),
+    "rotational": Recipe(learning_rate=1e-3, weight_decay=0.1),
+}
+OPTIMIZERS = (*OF_THE_PAPER, *RELATIVES)
 MODELS = ("resnet18", "resnet20", "vgg16")
 PRECISIONS = ("float32", "bfloat16")
 DATASETS = ("digits", "cifar10", "cifar100", "svhn")  # and folder:PATH
@@ -118,13 +127,15 @@ def recipe(dataset: str, model: str, optimizer: str) -> tuple[Recipe, bool]:
     """The recipe of a setting, and whether it is this setting's own.
 
     A setting without one (`digits`, a folder, `cifar100` with `resnet20`, ...) takes that of
-    `cifar10` with the same model.
+    `cifar10` with the same model. Optimizers that are not the paper's have one for all.
 
     Args:
       dataset: any name.
       model: one of `MODELS`.
       optimizer: one of `OPTIMIZERS`.
     """
+    if optimizer in RELATIVES:
+        return RELATIVES[optimizer], True
     exact = (dataset, model) in RECIPES
     return RECIPES[dataset if exact else "cifar10", model][optimizer], exact
 
@@ -160,8 +171,10 @@ def make_optimizer(
     """The named optimizer with a recipe's hyper-parameters.
 
     The spherical ones treat what `spheres` selects spherically, and the other parameters
-    classically. Weight decay is coupled L2 on every parameter, except for `adamw`, which decouples
-    it.
+    classically. Weight decay is coupled L2 on every parameter, except for `adamw`, `adamp` and
+    `sgdp`, which decouple it, `adamh` and `muonh`, where it is that of the other parameters, and
+    `rotational`, where with the learning rate it decides the angle. `muonh` has a sphere for each
+    place of a kernel, a matrix of inputs and outputs.
 
     Args:
       name: one of `OPTIMIZERS`.
@@ -193,4 +206,40 @@ def make_optimizer(
         case "adamw":
             decay = recipe.weight_decay
             return optax.adamw(learning_rate, recipe.b1, recipe.b2, weight_decay=decay)
+        case "adamh" | "muonh":
+            # The rate on spheres is an angle, and too much for Adam on the others.
+            classic = {
+                "adam_learning_rate": _scaled(learning_rate, 0.05),
+                "adam_weight_decay": recipe.weight_decay,
+            }
+            if name == "adamh":
+                angles = {"channel_axes": spheres(), **classic}
+                return so.adam_h(learning_rate, recipe.b1, recipe.b2, **angles)
+            matrices = so.by_path({"conv": (0, 1)})
+            return so.muon_h(learning_rate, recipe.momentum, channel_axes=matrices, **classic)
+        case "adamp":
+            return so.adamp(learning_rate, recipe.b1, recipe.b2, **spherical)
+        case "sgdp":
+            return so.sgdp(learning_rate, recipe.momentum, nesterov=True, **spherical)
+        case "rotational":
+            adam = optax.scale_by_adam(recipe.b1, recipe.b2)
+            turning = so.rotational(
+                adam,
+                lambda count: so.equilibrium_angle(
+                    _at(learning_rate, count), recipe.weight_decay, b1=recipe.b1
+                ),
+                channel_axes=spheres(),
+            )
+            decay = optax.add_decayed_weights(recipe.weight_decay)
+            plain = optax.chain(adam, decay, optax.scale_by_learning_rate(learning_rate))
+            labels = so.path_labels(spheres())
+            return optax.partition({"spherical": turning, "classic": plain}, labels)
     raise ValueError(f"unknown optimizer {name!r}: it must be one of {', '.join(OPTIMIZERS)}")
+
+
+def _at(learning_rate: optax.ScalarOrSchedule, count: Any) -> Any:
+    return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def _scaled(learning_rate: optax.ScalarOrSchedule, factor: float) -> optax.Schedule:
+    return lambda count: factor * _at(learning_rate, count)
