@@ -107,7 +107,8 @@ def make_optimizer(name: str, channel_axes: Any) -> optax.GradientTransformation
     """An optimizer of Optax or of this library.
 
     Muon takes the leaves with a sphere per last index, as matrices with this as the columns, and
-    leaves the others to its Adam.
+    leaves the others to its Adam; MuonH takes the same, a convolution's kernel as a matrix for each
+    place.
 
     Args:
       name: one of `step_runs.OPTIMIZERS`.
@@ -120,6 +121,9 @@ def make_optimizer(name: str, channel_axes: Any) -> optax.GradientTransformation
         if channel_axes(path_name(path), x) != -1:
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), -1)
+
+    def matrices_of(path: str, x: Any) -> Any:
+        return tuple(range(x.ndim - 2)) if channel_axes(path, x) == -1 else None
 
     match name:
         case "adam":
@@ -139,6 +143,16 @@ def make_optimizer(name: str, channel_axes: Any) -> optax.GradientTransformation
             return so.adam_g(LEARNING_RATE, **spherical)
         case "sgd_mrt":
             return so.sgd_mrt(LEARNING_RATE, **spherical)
+        case "adam_h":
+            return so.adam_h(LEARNING_RATE, channel_axes=channel_axes)
+        case "muon_h":
+            return so.muon_h(LEARNING_RATE, channel_axes=matrices_of)
+        case "adamp":
+            return so.adamp(LEARNING_RATE, **spherical)
+        case "sgdp":
+            return so.sgdp(LEARNING_RATE, **spherical)
+        case "rotational":
+            return so.rotational(optax.scale_by_adam(), LEARNING_RATE, channel_axes=channel_axes)
     raise ValueError(f"unknown optimizer {name!r}")
 
 

@@ -11,7 +11,17 @@ from run_lines import Spread
 
 MODELS = ("resnet20", "resnet18", "vgg16", "transformer")
 OPTAX = ("adam", "adamw", "sgd", "muon")
-OURS = ("adam_s", "adam_srt", "adam_g", "sgd_mrt")
+OURS = (
+    "adam_s",
+    "adam_srt",
+    "adam_g",
+    "sgd_mrt",
+    "adam_h",
+    "muon_h",
+    "adamp",
+    "sgdp",
+    "rotational",
+)
 OPTIMIZERS = OPTAX + OURS
 # PyTorch's, each with that of ours that does the same work.
 COUNTERPARTS = {"torch_adam": "adam", "torch_adam_fused": "adam", "torch_adam_srt": "adam_srt"}

@@ -22,11 +22,11 @@ def test_the_transformer_is_gpt2_small_with_a_sphere_per_row_or_feature():
     shapes = step_programs.transformer_shapes()
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
     lines = so.describe(shapes, so.by_path({"kernel": -1, "embedding": 0})).splitlines()
-    groups = {line.split()[0]: line.split(maxsplit=2)[2] for line in lines[1:]}
+    groups = {line.split()[0]: line.split(maxsplit=2)[2] for line in lines[1:-1]}
     assert groups["token_embedding"] == "50257 × 768"
-    assert groups["blocks/11/mlp_out/kernel"] == "768 × 3072"
-    assert groups["blocks/0/query_key_value/kernel"] == "2304 × 768"
-    assert groups["blocks/0/mlp_in/bias"] == groups["norm/scale"] == "classic"
+    assert groups["blocks/0…11/mlp_out/kernel"] == "768 × 3072"
+    assert groups["blocks/0…11/query_key_value/kernel"] == "2304 × 768"
+    assert groups["blocks/0…11/mlp_in/bias"] == groups["norm/scale"] == "classic"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -49,7 +49,7 @@ def test_a_compiled_step_is_the_optimizers_and_works_in_place(name):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=tolerance, atol=1e-7), found, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("adamw", "muon")])
+@pytest.mark.parametrize("name", ["adam", "sgd", "adam_s", "adam_srt", "adam_g", "sgd_mrt"])
 def test_coupled_decay_is_part_of_the_step(name):
     tree = make_tree()
     tx = step_programs.make_optimizer(name, tree.channel_axes)
