@@ -242,36 +242,28 @@ def _finest(at: Probe, place: int) -> Evidence:
     radials = {whole: at.whole[place]}
     refuted: list[Layout] = []  # and so is what is finer
 
-    def is_refuted(groups: Layout) -> bool:
-        return any(refines(groups, it) for it in refuted)
-
-    def measure(layouts: Sequence[Layout]) -> None:
-        new = [it for it in layouts if it not in radials and not is_refuted(it)]
-        if new:
-            radials.update(zip(new, radial(at, [place], new), strict=True))
-            refuted.extend(it for it in new if radials[it].largest > at.tolerance)
-
     def promising(groups: Layout) -> Iterator[Layout]:
         """What is one step finer and may be invariant."""
         finer = one_step_finer(groups)
-        measure(finer)
+        new = [it for it in finer if it not in radials and not is_refuted(it)]
+        if new:
+            radials.update(zip(new, radial(at, [place], new), strict=True))
+            refuted.extend(it for it in new if radials[it].largest > at.tolerance)
         for it in finer:
             if not is_refuted(it) and radials[it].live > radials[groups].live:
                 yield it
+
+    def is_refuted(groups: Layout) -> bool:
+        return any(refines(groups, it) for it in refuted)
 
     @cache
     def verdict(groups: Layout) -> tuple[Verdict, float | None]:
         return rescaling(at, {place: groups})
 
-    def evidence(groups: Layout) -> Evidence:
-        outcome, ratio = verdict(groups)
-        axes = plain_axes(groups) if outcome == "invariant" else None
-        return Evidence(path, axes, outcome, radials[groups].largest, ratio)
-
     def passes(groups: Layout) -> bool:
         if verdict(groups)[0] != "invariant":
             refuted.append(groups)
-        return groups not in refuted
+        return not is_refuted(groups)
 
     largest = radials[whole].largest
     check_finite(largest, f"{path}: the gradient of loss_fn")
@@ -282,15 +274,14 @@ def _finest(at: Probe, place: int) -> Evidence:
     last = whole
     while finer := next(promising(last), None):
         last = finer
-    if passes(last):
-        return evidence(last)
-    if not passes(whole):
-        found = evidence(whole)
-        return _with_bias(at, place, found) if found.verdict == "not invariant" else found
-    last = whole
-    while finer := next((it for it in promising(last) if passes(it)), None):
-        last = finer
-    return evidence(last)
+    if not passes(last):
+        last = whole
+        while passes(last) and (finer := next(filter(passes, promising(last)), None)):
+            last = finer
+    outcome, ratio = verdict(last)
+    axes = plain_axes(last) if outcome == "invariant" else None
+    found = Evidence(path, axes, outcome, radials[last].largest, ratio)
+    return _with_bias(at, place, found) if outcome == "not invariant" else found
 
 
 def _with_bias(at: Probe, place: int, found: Evidence) -> Evidence:
