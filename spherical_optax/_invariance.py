@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
-from spherical_optax._geometry import to_radius
-from spherical_optax._groups import Axes, Blocks, Layout, inner, layout, nonzero, norm, widen
+from spherical_optax._groups import Axes, Layout, layout
+from spherical_optax._probe import (
+    LossFn,
+    Probe,
+    Verdict,
+    check_finite,
+    is_floating,
+    probe,
+    radial,
+    rescaling,
+)
+from spherical_optax._refinement import Named, one_step_finer, plain_axes, refines
 from spherical_optax._selection import (
     ChannelAxes,
     is_hole,
@@ -23,26 +31,28 @@ from spherical_optax._selection import (
     select,
 )
 
-LossFn = Callable[[Any, Any], ArrayLike]
-Named = int | tuple[int, ...] | Blocks  # channel_axes of a spherical leaf
-# Per output channel, per input channel, per layer of a stack, per layer and channel, whole tensor.
-_CANDIDATES = (-1, -2, 0, (0, -1), ())
-_COPIES = 3
-
 
 class Evidence(NamedTuple):
-    """What was measured of one leaf, for its invariant groups or else its best candidate."""
+    """What was measured of one leaf, for its invariant groups or else for those that failed."""
 
     path: str
     axes: Named | None  # channel_axes of the invariant groups; None: there are none
     verdict: Literal["invariant", "not invariant", "undecided", "no candidate"]
     radial: float | None = None  # largest radial derivative of a group, at most 1
     rescaling: float | None = None  # R/D; None where the radial derivative decides
+    instead: Named | None = None  # the invariant groups where those of a selection are not
+    with_bias: str | None = None  # path of the leaf with which it is invariant, and not without
 
     def __str__(self) -> str:
         figures = {"radial": self.radial, "rescaling": self.rescaling}
         shown = [f"{name} {x:.0e}" for name, x in figures.items() if x is not None]
-        return f"{self.verdict} ({', '.join(shown)})" if shown else self.verdict
+        text = self.verdict
+        if self.with_bias is not None:
+            bias = self.with_bias.rpartition("/")[2]
+            text = f"invariant only with its {bias}; use_bias=False would put it on a sphere"
+        if shown:
+            text += f" ({', '.join(shown)})"
+        return text if self.instead is None else f"{text}; invariant as {self.instead}"
 
 
 class InvariantGroups(NamedTuple):
@@ -59,6 +69,22 @@ class InvariantGroups(NamedTuple):
         """The verdict on a leaf with its figures, for `describe`."""
         return str(self._of(path))
 
+    def rules(self) -> dict[str, Named]:
+        """The invariant leaves as rules, with which `by_path` selects the same.
+
+        Print them, and paste them where a run is to be resumed with what was measured at its start.
+
+        >>> import spherical_optax as so
+        >>> found = so.InvariantGroups((so.Evidence("0/conv", so.blocks(-1, 4), "invariant"),))
+        >>> found.rules()
+        {'^0/conv$': so.blocks(-1, 4)}
+        >>> so.by_path(found.rules())("0/conv", None)
+        so.blocks(-1, 4)
+        """
+        return {
+            f"^{re.escape(leaf.path)}$": leaf.axes for leaf in self.leaves if leaf.axes is not None
+        }
+
     def _of(self, path: str) -> Evidence:
         for leaf in self.leaves:
             if leaf.path == path:
@@ -72,24 +98,31 @@ def find_invariant_groups(
     loss_fn: LossFn,
     params: optax.Params,
     *batches: Any,
-    candidates: Sequence[int | Sequence[int]] | None = None,
+    candidates: Sequence[Axes] | None = None,
     tolerance: float = 1e-2,
 ) -> InvariantGroups:
     """Finds the weights whose length does not change the loss: f(a x) = f(x) for a > 0 per group.
 
-    Of each leaf's candidates, the finest groups x such that, with gradients g,
+    The finest groups x of each leaf such that, with gradients g,
 
         |<g, x>| <= tolerance |g| |x|        in each group
         R = max |f(a x) - f(x)|              a = 1/2 or 2, drawn for each group, and vice versa
         D = max |f(y) - f(x)|                y in random directions, |y| = |x| in each group
         R <= tolerance D
 
-    over all batches and three random perturbations of the parameters. The first line costs one
-    gradient for all leaves, but a large group hardly has a radial part anyway; R and D cost three
-    values of the loss for each leaf that passes it. Perturbed, because at its start a network may
-    hide what it depends on: BatchNorm's scale looks invariant while its bias is zero, and a last
-    layer of zeros hides all layers before it. A leaf whose R and D are below the loss's rounding is
-    undecided: such is a bias before BatchNorm, on which nothing depends.
+    over all batches and three random perturbations of the parameters. Groups in which f is
+    invariant are so united, too. The search therefore starts with the whole leaf; what passes is
+    refined, by an axis more or by more `blocks` of an axis, while that passes and makes more groups
+    on which the loss depends at all. (Eight of nine taps do nothing on 1×1 images.)
+    Where two refinements pass, but not both at once, the one of more groups is taken.
+
+    The first line costs one gradient for all leaves, but a large group hardly has a radial part
+    anyway; R and D cost three values of the loss at each point, once for most leaves that pass it.
+    Perturbed, because at its start a network may hide what it depends on: BatchNorm's scale looks
+    invariant while its bias is zero, and a last layer of zeros hides all layers before it. A leaf
+    whose R and D are below the loss's rounding is undecided: such is a bias before BatchNorm, on
+    which nothing depends. Of a kernel that is not invariant, but is together with its bias, the
+    evidence says so: without the bias it would be.
 
     In ResNets and a VGG16, R/D is below 1e-3, for BatchNorm's eps, or above 0.1. Activations in
     bfloat16 round too much to tell: measure such a model in float32. In a whole tensor, one channel
@@ -101,18 +134,20 @@ def find_invariant_groups(
         call `nnx.merge(graphdef, params, stats, copy=True)`.
       params: parameters. Leaves of real floating dtypes are measured, others left alone.
       *batches: at least one; 8 images are enough.
-      candidates: `channel_axes` to try on each leaf that they fit; by default `-1`, `-2`, `0`,
-        `(0, -1)` and `()`.
+      candidates: `channel_axes` to try on each leaf that they fit, instead of the search: the
+        finest that passes is taken.
       tolerance: what counts as zero, in (0, 1).
 
     Returns:
       A hashable callable `(path, leaf) -> axes` for any `channel_axes` argument. `describe` shows
-      its verdicts with the largest |<g, x>| / (|g| |x|) as "radial" and R/D as "rescaling".
+      its verdicts with the largest |<g, x>| / (|g| |x|) as "radial" and R/D as "rescaling", and
+      its method `rules()` gives it as a dictionary for `by_path`. The last two axes are counted
+      from the end, others from the front: `(0, -1)`.
 
     Raises:
       ValueError: no batch, a loss that is not a scalar or not finite, a gradient that is not
         finite, a candidate that fits no leaf, a tolerance out of range.
-      TypeError: a candidate is neither an integer nor a sequence of integers.
+      TypeError: a candidate is no value of `channel_axes`, or `None`.
 
     >>> import jax, jax.numpy as jnp, spherical_optax as so
     >>> def loss(params, x):  # each output channel is normalised over the batch
@@ -124,8 +159,12 @@ def find_invariant_groups(
     >>> axes("kernel", kernel), axes("head", head)
     (-1, None)
     """
-    tried = _CANDIDATES if candidates is None else _check_candidates(candidates, params)
-    return _measure(loss_fn, params, batches, lambda path, leaf: tried, tolerance)
+    tried = None if candidates is None else _check_candidates(candidates, params)
+    at = probe(loss_fn, params, batches, tolerance)
+    places = range(len(at.paths))
+    if tried is None:
+        return _in_order(params, [_finest(at, place) for place in places])
+    return _in_order(params, [_finest_of(at, place, tried) for place in places])
 
 
 def check_selection(
@@ -138,6 +177,7 @@ def check_selection(
     """Warns of each spherical leaf of a selection whose length does change the loss.
 
     Measures as `find_invariant_groups` does, with the selection's groups as the only candidates.
+    Where they fail, the warning says which groups do not, if any.
 
     Args:
       loss_fn: `(params, batch) -> loss`, see `find_invariant_groups`.
@@ -147,7 +187,8 @@ def check_selection(
       tolerance: what counts as zero, in (0, 1).
 
     Returns:
-      What was measured; as a selection, the part of `channel_axes` that was found invariant.
+      What was measured; as a selection, the part of `channel_axes` that was found invariant. The
+      evidence on the rest has the groups that are, as `instead`.
 
     Raises:
       ValueError, TypeError: the selection does not fit the parameters, or as in
@@ -161,92 +202,128 @@ def check_selection(
     >>> print(so.check_selection(loss, {"kernel": kernel}, x, channel_axes=()).leaves[0].verdict)
     invariant
     """
-    select(params, channel_axes)
-
-    def tried(path: str, leaf: Any) -> tuple[Axes, ...]:
-        return (channel_axes(path, leaf) if callable(channel_axes) else channel_axes,)
-
-    found = _measure(loss_fn, params, batches, tried, tolerance)
-    reasons = {
-        "not invariant": "its length changes the loss",
-        "undecided": "it changes the loss by less than rounding, so that nothing is decided",
-    }
-    for leaf in found.leaves:
-        if leaf.verdict in reasons:
+    wanted = {leaf.path: leaf.channel_axes for leaf in select(params, channel_axes)}
+    at = probe(loss_fn, params, batches, tolerance)
+    measured = []
+    for i, path in enumerate(at.paths):
+        leaf = _finest_of(at, i, [wanted[path]])
+        if leaf.verdict == "not invariant":
+            finest = _finest(at, i)
+            leaf = leaf._replace(instead=finest.axes, with_bias=finest.with_bias)
+        measured.append(leaf)
+        if leaf.verdict in _REASONS:
             warnings.warn(
-                f"{leaf.path}: spherical in channel_axes, but {reasons[leaf.verdict]}: {leaf}",
+                f"{path}: spherical in channel_axes, but {_REASONS[leaf.verdict]}: {leaf}",
                 stacklevel=2,
             )
-    return found
+    return _in_order(params, measured)
 
 
-def _measure(
-    loss_fn: LossFn,
-    params: optax.Params,
-    batches: tuple[Any, ...],
-    tried: Callable[[str, Any], Sequence[Axes]],
-    tolerance: float,
-) -> InvariantGroups:
-    if not batches:
-        raise ValueError("no batch: pass at least one after the parameters")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance={tolerance} is not in (0, 1)")
-    named = named_leaves(params)
-    structure = jax.tree.structure(params, is_leaf=is_hole)
-    places = [i for i, (_, leaf) in enumerate(named) if _is_floating(leaf)]
-    paths = [named[i][0] for i in places]
-    given = [jnp.asarray(named[i][1]) for i in places]
-    groups = [_distinct(x.shape, tried(path, x)) for path, x in zip(paths, given, strict=True)]
+_REASONS = {
+    "not invariant": "its length changes the loss",
+    "undecided": "it changes the loss by less than rounding, so that nothing is decided",
+}
 
-    def loss(arrays: list[jax.Array], batch: Any) -> jax.Array:
-        leaves = [leaf for _, leaf in named]
-        for i, x in zip(places, arrays, strict=True):
-            leaves[i] = x
-        # By default GPUs and TPUs round the factors of products, to as little as bfloat16.
-        with jax.default_matmul_precision("float32"):
-            return _scalar(loss_fn(jax.tree.unflatten(structure, leaves), batch))
 
-    @jax.jit
-    def screen(arrays: list[jax.Array], batch: Any) -> tuple[jax.Array, list[list[jax.Array]]]:
-        value, grads = jax.value_and_grad(loss)(arrays, batch)
-        least = _rounding(value) / tolerance
-        leaves = zip(arrays, grads, groups, strict=True)
-        return value, [[_radial(x, g, it, least) for it in tried] for x, g, tried in leaves]
+def _in_order(params: optax.Params, measured: list[Evidence]) -> InvariantGroups:
+    """All leaves in the order of the tree, those that nothing was measured of too."""
+    found = {leaf.path: leaf for leaf in measured}
+    paths = [path for path, leaf in named_leaves(params) if not is_hole(leaf)]
+    return InvariantGroups(
+        tuple(found.get(path, Evidence(path, None, "no candidate")) for path in paths)
+    )
 
-    value_of = jax.jit(loss)
-    for batch in batches:
-        _check_finite(value_of(given, batch), "loss_fn at the given parameters")
-    points, measured = [], []
-    for i in range(_COPIES):
-        arrays, directions = _perturb(jax.random.key(i), given)
-        for batch in batches:
-            value, radial = screen(arrays, batch)
-            _check_finite(value, "loss_fn at randomly perturbed parameters")
-            points.append((arrays, directions, batch, value))
-            measured.append(radial)
-    largest = jax.tree.map(lambda *values: float(jnp.max(jnp.stack(values))), *measured)
 
-    found = {path: Evidence(path, None, "no candidate") for path, x in named if not is_hole(x)}
-    for place, path in enumerate(paths):
-        failed = []
-        for (it, channel_axes), radial in zip(groups[place].items(), largest[place], strict=True):
-            _check_finite(radial, f"{path}: the gradient of loss_fn")
-            if radial > tolerance:
-                failed.append(Evidence(path, None, "not invariant", radial))
-                continue
-            rescaled, turned, rounding = _changes(value_of, points, place, it)
-            ratio = rescaled / turned if turned else math.inf
-            if ratio <= tolerance and turned > rounding:
-                found[path] = Evidence(path, channel_axes, "invariant", radial, ratio)
-                break
-            if rescaled <= rounding:
-                found[path] = Evidence(path, None, "undecided", radial)
-                break
-            failed.append(Evidence(path, None, "not invariant", radial, ratio))
-        else:
-            if failed:  # what came closest
-                found[path] = min(failed, key=lambda it: (it.rescaling or math.inf, it.radial))
-    return InvariantGroups(tuple(found.values()))
+def _finest(at: Probe, place: int) -> Evidence:
+    """The finest invariant groups of an array that are reached by refining the whole."""
+    path, whole = at.paths[place], layout(at.shapes[place], ())
+    if not whole.axes:
+        return Evidence(path, None, "no candidate")
+    radials = {whole: at.whole[place]}
+    refuted: list[Layout] = []  # and so is what is finer
+
+    def promising(groups: Layout) -> Iterator[Layout]:
+        """What is one step finer and may be invariant."""
+        finer = one_step_finer(groups)
+        new = [it for it in finer if it not in radials and not is_refuted(it)]
+        if new:
+            radials.update(zip(new, radial(at, [place], new), strict=True))
+            refuted.extend(it for it in new if radials[it].largest > at.tolerance)
+        for it in finer:
+            if not is_refuted(it) and radials[it].live > radials[groups].live:
+                yield it
+
+    def is_refuted(groups: Layout) -> bool:
+        return any(refines(groups, it) for it in refuted)
+
+    @cache
+    def verdict(groups: Layout) -> tuple[Verdict, float | None]:
+        return rescaling(at, {place: groups})
+
+    def passes(groups: Layout) -> bool:
+        if verdict(groups)[0] != "invariant":
+            refuted.append(groups)
+        return not is_refuted(groups)
+
+    largest = radials[whole].largest
+    check_finite(largest, f"{path}: the gradient of loss_fn")
+    if largest > at.tolerance:
+        return _with_bias(at, place, Evidence(path, None, "not invariant", largest))
+    # R and D of the finest groups spare those of all that are coarser. So go down by radial
+    # derivatives alone, and step by step only if that went too far.
+    last = whole
+    while finer := next(promising(last), None):
+        last = finer
+    if not passes(last):
+        last = whole
+        while passes(last) and (finer := next(filter(passes, promising(last)), None)):
+            last = finer
+    outcome, ratio = verdict(last)
+    axes = plain_axes(last) if outcome == "invariant" else None
+    found = Evidence(path, axes, outcome, radials[last].largest, ratio)
+    return _with_bias(at, place, found) if outcome == "not invariant" else found
+
+
+def _with_bias(at: Probe, place: int, found: Evidence) -> Evidence:
+    """Adds whether an array that is not invariant is so together with its bias.
+
+    Its bias is the only array beside it that has fewer axes.
+    """
+    node, rank = found.path.rpartition("/")[0], len(at.shapes[place])
+    biases = [
+        i
+        for i, (path, shape) in enumerate(zip(at.paths, at.shapes, strict=True))
+        if path.rpartition("/")[0] == node and 0 < len(shape) < rank
+    ]
+    if len(biases) != 1:
+        return found
+    both = [place, *biases]
+    size = sum(math.prod(at.shapes[i]) for i in both)
+    if radial(at, both, [layout([size], ())])[0].largest > at.tolerance:
+        return found
+    if rescaling(at, {i: layout(at.shapes[i], ()) for i in both})[0] != "invariant":
+        return found
+    return found._replace(with_bias=at.paths[biases[0]])
+
+
+def _finest_of(at: Probe, place: int, tried: Sequence[Axes]) -> Evidence:
+    """The finest invariant groups of an array among candidates."""
+    path, failed = at.paths[place], []
+    groups = _distinct(at.shapes[place], tried)
+    radials = radial(at, [place], list(groups)) if groups else []
+    for (it, channel_axes), figures in zip(groups.items(), radials, strict=True):
+        if figures.largest > at.tolerance:
+            failed.append(Evidence(path, None, "not invariant", figures.largest))
+            continue
+        verdict, ratio = rescaling(at, {place: it})
+        axes = channel_axes if verdict == "invariant" else None
+        found = Evidence(path, axes, verdict, figures.largest, ratio)
+        if verdict != "not invariant":
+            return found
+        failed.append(found)
+    # What came closest.
+    closest = min(failed, key=lambda it: (it.rescaling or math.inf, it.radial), default=None)
+    return closest or Evidence(path, None, "no candidate")
 
 
 def _distinct(shape: tuple[int, ...], tried: Sequence[Axes]) -> dict[Layout, Named]:
@@ -263,93 +340,10 @@ def _distinct(shape: tuple[int, ...], tried: Sequence[Axes]) -> dict[Layout, Nam
     return dict(sorted(partitions.items(), key=lambda item: item[0].size))
 
 
-@jax.jit
-def _perturb(key: jax.Array, arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The arrays with noise of half their size, or of 1/sqrt(fan_in) if that is larger; directions.
-
-    For a bias, 1/sqrt(fan_in) is 1. Zeros, and values too small to matter, thus come to what a
-    network trains with; constants keep their sign.
-    """
-    # One draw for all arrays compiles ten times faster than one for each.
-    draw = jax.random.uniform(key, (2, sum(x.size for x in arrays)), minval=-0.5, maxval=0.5)
-    perturbed, directions, start = [], [], 0
-    for x in arrays:
-        noise, direction = draw[:, start : start + x.size].reshape(2, *x.shape)
-        start += x.size
-        wide = widen(x)
-        rms = jnp.sqrt(jnp.mean(wide**2))
-        least = math.sqrt(x.shape[-1] / max(x.size, 1)) if x.ndim else 1.0
-        perturbed.append(
-            (wide + jnp.maximum(rms, least) * noise.astype(wide.dtype)).astype(x.dtype)
-        )
-        directions.append(direction)
-    return perturbed, directions
-
-
-def _radial(x: jax.Array, g: jax.Array, groups: Layout, least: jax.Array) -> jax.Array:
-    """Largest |<g, x>| / (|g| |x|) of a group; `least` replaces denominators below it."""
-    x, g = groups.view(widen(x)), groups.view(widen(g))
-    whole = jnp.maximum(norm(g, groups.axes) * norm(x, groups.axes), least.astype(x.dtype))
-    return jnp.max(jnp.abs(inner(g, x, groups.axes)) / nonzero(whole))
-
-
-def _changes(
-    value_of: Callable[[list[jax.Array], Any], jax.Array],
-    points: list[tuple[list[jax.Array], list[jax.Array], Any, jax.Array]],
-    place: int,
-    groups: Layout,
-) -> list[float]:
-    """R and D of `find_invariant_groups` for the array at `place`, and what rounding explains."""
-    changes = []
-    for arrays, directions, batch, value in points:
-        moved = _move(arrays[place], directions[place], groups)
-        values = [value_of([*arrays[:place], x, *arrays[place + 1 :]], batch) for x in moved]
-        some, others, turned = (jnp.abs(other - value) for other in values)
-        changes.append(jnp.stack([jnp.maximum(some, others), turned, _rounding(value)]))
-    return jnp.max(jnp.stack(changes), axis=0).tolist()
-
-
-@partial(jax.jit, static_argnums=2)
-def _move(x: jax.Array, direction: jax.Array, groups: Layout) -> tuple[jax.Array, ...]:
-    """`x` with some of its groups doubled and the others halved, the inverse, and `x` turned.
-
-    Powers of 2 pass through products and sums without rounding in any precision.
-    """
-    wide = groups.view(widen(x))
-    direction = groups.view(direction.astype(wide.dtype))
-    draw = jnp.sum(direction, groups.axes, keepdims=True)
-    some = draw > draw.mean()  # of two groups and more, neither all nor none
-    turned = to_radius(direction, norm(wide, groups.axes), groups.axes)
-    factor = jnp.where(some, 2.0, 0.5).astype(wide.dtype)
-    moved = (factor * wide, wide / factor, turned)
-    return tuple(y.reshape(x.shape).astype(x.dtype) for y in moved)
-
-
-def _rounding(value: jax.Array) -> jax.Array:
-    # A bias before BatchNorm, on which nothing depends, moves the loss of a VGG16 by up to 7 eps.
-    return 30 * float(jnp.finfo(value.dtype).eps) * jnp.abs(value)
-
-
-def _is_floating(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _scalar(value: Any) -> jax.Array:
-    if getattr(value, "shape", None) != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        types = jax.tree.map(jax.typeof, value)
-        raise ValueError(f"loss_fn returned {types}; it must return a floating-point scalar")
-    return value
-
-
-def _check_finite(value: jax.Array | float, what: str) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{what} is {float(value)}, not finite")
-
-
 def _check_candidates(candidates: Any, params: optax.Params) -> Sequence[Axes]:
     if not isinstance(candidates, Sequence) or None in candidates:
         raise TypeError(f"candidates={candidates!r} is not a sequence such as [-1, (0, -1)]")
-    shapes = [leaf.shape for _, leaf in named_leaves(params) if _is_floating(leaf)]
+    shapes = [leaf.shape for _, leaf in named_leaves(params) if is_floating(leaf)]
     for axes in candidates:
         layout((), axes)  # for its TypeError
         if not any(_distinct(shape, [axes]) for shape in shapes):

@@ -15,6 +15,7 @@ import spherical_optax as so
 from cifar import models
 from tiny import Tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(16, 6)), jnp.float32)
 IMAGES = jnp.asarray(RNG.normal(size=(8, 6, 6, 2)), jnp.float32)
@@ -93,6 +94,44 @@ def embedding(p):
     return jnp.tanh(normalise(p["table"][tokens], -1)) @ p["head"]
 
 
+def attend(y, query, key):
+    """Attention with normalised queries and keys."""
+
+    def by_head(kernel):
+        z = jnp.tensordot(y, kernel, 1).reshape(16, HEADS if kernel.ndim == 2 else 4, -1)
+        return z / jnp.sqrt((z**2).mean(-1, keepdims=True) + 1e-5)
+
+    scores = jax.nn.softmax(jnp.einsum("nhd,mhd->hnm", by_head(query), by_head(key)))
+    mixed = jnp.einsum("hnm,mc->hnc", scores, y)
+    return y + jnp.tensordot(jnp.arange(1.0, 1 + len(mixed)), mixed, 1) / len(mixed)
+
+
+def flat_heads(p):
+    return jnp.tanh(attend(X, p["query"], p["key"])) @ p["head"]
+
+
+def scanned_heads(p):
+    y = jnp.tanh(X @ p["first"])
+    y = jax.lax.scan(lambda y, layer: (attend(y, *layer), None), y, (p["query"], p["key"]))[0]
+    return jnp.tanh(y) @ p["head"]
+
+
+def group_norm_after_convolution(p):
+    y = convolve(IMAGES, p["kernel"]).reshape(8, 6, 6, 4, 2)
+    return jax.nn.relu(normalise(y, (1, 2, 4))).reshape(8, 36, 8).mean(1) @ p["head"]
+
+
+def one_pixel(p):
+    y = normalise(convolve(IMAGES[:, :1, :1], p["kernel"]), (0, 1, 2))
+    return jax.nn.relu(y).mean((1, 2)) @ p["head"]
+
+
+def with_bias(p):
+    y = normalise(X @ p["dense"]["kernel"] + p["dense"]["bias"], -1)
+    return jnp.tanh(y) @ p["out"]["kernel"] + p["out"]["bias"]
+
+
+HEADS = 6
 ZOO = {
     "batch_norm": (
         batch_norm,
@@ -128,19 +167,61 @@ ZOO = {
         {"kernels": jnp.stack([weights(6, 6) for _ in range(3)]), "head": weights(6, 2)},
     ),
     "clipped": (clipped, {"kernel": 1.6 * weights(6, 1) / jnp.linalg.norm(weights(6, 1))}),
-    "embedding": (embedding, {"table": weights(8, 6), "head": weights(6, 2)}),
+    "embedding": (embedding, {"table": weights(10, 6), "head": weights(6, 2)}),  # two are unused
+    "flat_heads": (
+        flat_heads,
+        {"query": weights(6, 12), "key": weights(6, 12), "head": weights(6, 2)},
+    ),
+    "scanned_flat_heads": (
+        scanned_heads,
+        {
+            "first": weights(6, 6),
+            "query": weights(2, 6, 12),
+            "key": weights(2, 6, 12),
+            "head": weights(6, 2),
+        },
+    ),
+    "scanned_heads": (
+        scanned_heads,
+        {
+            "first": weights(6, 64),
+            "query": weights(2, 64, 4, 16),
+            "key": weights(2, 64, 4, 16),
+            "head": weights(64, 2),
+        },
+    ),
+    "group_norm_after_convolution": (
+        group_norm_after_convolution,
+        {"kernel": weights(3, 3, 2, 8), "head": weights(8, 2)},
+    ),
+    "one_pixel": (one_pixel, {"kernel": weights(3, 3, 2, 4), "head": weights(4, 2)}),
+    "with_bias": (
+        with_bias,
+        {
+            "dense": {"kernel": weights(6, 8), "bias": jnp.zeros(8)},
+            "out": {"kernel": weights(8, 2), "bias": jnp.zeros(2)},
+        },
+    ),
 }
 INVARIANT = {
     "batch_norm/kernel": -1,
     "batch_norm/kernel_1x1": -1,
     "instance_norm/kernel": -1,
     "layer_norm/kernel": (),
-    "group_norm/kernel": (),
+    "group_norm/kernel": so.blocks(-1, 2),
     "group_norm/by_group": -2,
     "homogeneous/first": (),
     "homogeneous/second": -1,
     "scanned/kernels": (0, -1),
     "embedding/table": -2,
+    "flat_heads/query": so.blocks(-1, HEADS),
+    "flat_heads/key": so.blocks(-1, HEADS),
+    "scanned_flat_heads/query": so.blocks(-1, HEADS, channel_axes=(0,)),
+    "scanned_flat_heads/key": so.blocks(-1, HEADS, channel_axes=(0,)),
+    "scanned_heads/query": (0, -2),
+    "scanned_heads/key": (0, -2),
+    "group_norm_after_convolution/kernel": so.blocks(-1, 4),
+    "one_pixel/kernel": -1,  # and not each of its taps, of which one matters
 }
 UNDECIDED = {"batch_norm/bias_before", "dead/off", "dead/after"}
 
@@ -163,8 +244,18 @@ def normalised_loss(params, x):
 SMALL = {"kernel": weights(6, 5), "head": weights(5, 3)}
 
 
-def test_it_finds_what_the_mathematics_says(compiled_quickly):
-    found = so.find_invariant_groups(zoo_loss, ZOO_PARAMS, 0.5)
+@pytest.fixture(scope="module")
+def of_zoo(compiled_quickly):
+    return so.find_invariant_groups(zoo_loss, ZOO_PARAMS, 0.5)
+
+
+@pytest.fixture(scope="module")
+def of_small(compiled_quickly):
+    return so.find_invariant_groups(normalised_loss, SMALL, X)
+
+
+def test_it_finds_what_the_mathematics_says(of_zoo):
+    found = of_zoo
     assert {leaf.path: leaf.axes for leaf in found.leaves if leaf.axes is not None} == INVARIANT
     undecided = {leaf.path for leaf in found.leaves if leaf.verdict == "undecided"}
     assert undecided == UNDECIDED
@@ -181,6 +272,34 @@ def test_it_finds_what_the_mathematics_says(compiled_quickly):
     assert "deep_relu/kernels/1" in rescaled
 
 
+def test_a_kernel_that_is_invariant_only_with_its_bias(of_zoo):
+    with_bias = {leaf.path: leaf.with_bias for leaf in of_zoo.leaves if leaf.with_bias}
+    assert with_bias == {"with_bias/dense/kernel": "with_bias/dense/bias"}
+    text = of_zoo.evidence("with_bias/dense/kernel")
+    assert text.startswith("invariant only with its bias; use_bias=False would put it on a sphere")
+    assert text.split(" (")[0] in so.describe(ZOO_PARAMS, of_zoo)
+    assert of_zoo.evidence("with_bias/out/kernel").startswith("not invariant (")
+
+
+def test_rules_select_what_was_found(of_zoo):
+    rules = of_zoo.rules()
+    assert eval(repr(rules), {"so": so}) == rules
+    pasted = so.by_path(rules)
+    assert {leaf.path: pasted(leaf.path, None) for leaf in of_zoo.leaves} == {
+        leaf.path: leaf.axes for leaf in of_zoo.leaves
+    }
+    for mask in map(so.path_mask, (pasted, of_zoo)):
+        assert sum(jax.tree.leaves(mask(ZOO_PARAMS))) == len(INVARIANT)
+
+
+def test_rules_are_of_one_path_each():
+    params = {"a.b": {"w+": jnp.ones((2, 2))}, "aXb": {"w+": jnp.ones((2, 2))}}
+    params["aXb"]["w+1"] = jnp.ones((2, 2))
+    one = so.InvariantGroups((so.Evidence("a.b/w+", (), "invariant"),))
+    mask = so.path_mask(so.by_path(one.rules()))(params)
+    assert mask == {"a.b": {"w+": True}, "aXb": {"w+": False, "w+1": False}}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("wide", [False, True])
 def test_strict_dtype_promotion(dtype, wide):
@@ -194,8 +313,8 @@ def test_strict_dtype_promotion(dtype, wide):
     assert found("kernel", None) == ()
 
 
-def test_what_is_found_is_a_selection():
-    found = so.find_invariant_groups(normalised_loss, SMALL, X)
+def test_what_is_found_is_a_selection(of_small):
+    found = of_small
     assert hash(found) == hash(type(found)(found.leaves))
     grads = jax.tree.map(jnp.cos, SMALL)
     updates = []
@@ -210,6 +329,7 @@ def test_what_is_found_is_a_selection():
         "path    shape  groups × dimension  measured",
         f"head    5×3    classic             {head}",
         f"kernel  6×5    5 × 6               {kernel}",
+        "2 leaves, 45 parameters, 66.7 % of them on spheres",
     ]
     with pytest.raises(ValueError, match="^new: not measured"):
         so.adam_srt(0.1, channel_axes=found).init({"new": jnp.ones((2, 2))})
@@ -228,6 +348,25 @@ def test_a_wrong_selection_warns():
     assert {leaf.path: leaf.axes for leaf in found.leaves} == {
         "kernel": -1, "head": None, "unused": None
     }  # fmt: skip
+
+
+def test_a_wrong_selection_is_told_what_holds():
+    def loss(params, target):
+        return jnp.mean((layer_norm(params) + with_bias(params) - target) ** 2)
+
+    params = ZOO_PARAMS["layer_norm"] | ZOO_PARAMS["with_bias"]
+    axes = so.by_path({"dense/kernel": (), "^kernel": -1})
+    with pytest.warns(UserWarning) as caught:
+        found = so.check_selection(loss, params, 0.5, channel_axes=axes)
+    dense, kernel = sorted(str(warning.message) for warning in caught)
+    but = "spherical in channel_axes, but its length changes the loss:"
+    assert dense.startswith(f"dense/kernel: {but} invariant only with its bias; use_bias=False ")
+    assert kernel.startswith(f"kernel: {but} not invariant (")
+    assert kernel.endswith("; invariant as ()")
+    assert {leaf.path: leaf.instead for leaf in found.leaves if leaf.instead is not None} == {
+        "kernel": ()
+    }
+    assert all(leaf.axes is None for leaf in found.leaves)
 
 
 def test_a_right_selection_is_silent():
@@ -249,30 +388,21 @@ def test_a_stack_of_which_one_layer_is_not_normalised():
     assert found("kernels", None) is None
 
 
-class Layer(nn.Module):
-    """One attention."""
-
-    normalise: bool
-
-    @nn.compact
-    def __call__(self, x):
-        attention = nn.MultiHeadDotProductAttention(
-            2, normalize_qk=self.normalise, use_bias=False, name="attention"
-        )
-        return attention(x)
-
-
-@pytest.mark.parametrize("normalise_qk", [True, False])
-def test_queries_and_keys_of_linen(normalise_qk):
-    model = Layer(normalise_qk)
+def test_queries_and_keys_of_linen():
     x = jnp.asarray(RNG.normal(size=(2, 5, 8)), jnp.float32)
-    params = model.init(jax.random.key(0), x)["params"]
-    found = so.find_invariant_groups(
-        lambda params, x: jnp.mean((model.apply({"params": params}, x) - x) ** 2), params, x
-    )
+    layers = {
+        name: nn.MultiHeadDotProductAttention(2, normalize_qk=name == "normalised", use_bias=False)
+        for name in ("normalised", "plain")
+    }
+    params = {name: layer.init(jax.random.key(0), x)["params"] for name, layer in layers.items()}
+
+    def loss(params, x):
+        y = [layer.apply({"params": params[name]}, x) for name, layer in layers.items()]
+        return jnp.mean((sum(y) - x) ** 2)
+
+    found = so.find_invariant_groups(loss, params, x)
     axes = {leaf.path: leaf.axes for leaf in found.leaves if leaf.axes is not None}
-    per_head = {"attention/query/kernel": -2, "attention/key/kernel": -2}
-    assert axes == (per_head if normalise_qk else {})
+    assert axes == {"normalised/query/kernel": -2, "normalised/key/kernel": -2}
 
 
 def cross_entropy(logits):
@@ -330,6 +460,20 @@ def test_a_module_with_leaves_of_other_kinds():
         "key": (None, "no candidate"),
     }
     assert so.describe(module, found).count("classic") == 4
+
+
+@pytest.mark.parametrize(
+    "candidates, axes",
+    [([-1, ()], ()), ([(), so.blocks(-1, 4), so.blocks(-1, 2)], so.blocks(-1, 2)), ([-1], None)],
+)
+def test_the_finest_of_given_candidates(candidates, axes):
+    def loss(params, target):
+        return jnp.mean((group_norm(params) - target) ** 2)
+
+    params = ZOO_PARAMS["group_norm"]
+    found = so.find_invariant_groups(loss, params, 0.5, candidates=candidates)
+    assert found("kernel", None) == axes
+    assert found("head", None) is None
 
 
 def test_equal_partitions_count_once():
