@@ -14,11 +14,33 @@ What holds everywhere:
 
 from importlib.metadata import version as _version
 
-from spherical_optax._adam_g import adam_g, scale_by_adam_g
-from spherical_optax._adam_s import adam_s, scale_by_adam_s
-from spherical_optax._adam_srt import adam_srt, scale_by_adam_srt
-from spherical_optax._adamp import adamp, project_where_invariant, sgdp
-from spherical_optax._constraints import (
+from spherical_optax._ground.geometry import (
+    Transport,
+    angle,
+    exp_map,
+    parallel_transport,
+    project_to_tangent,
+    retract,
+)
+from spherical_optax._ground.groups import (
+    Blocks,
+    blocks,
+    group_inner,
+    group_norm,
+)
+from spherical_optax._ground.selection import (
+    ByPath,
+    ChannelAxes,
+    by_path,
+    describe,
+    path_labels,
+    path_mask,
+)
+from spherical_optax._links.adam_g import adam_g, scale_by_adam_g
+from spherical_optax._links.adam_s import adam_s, scale_by_adam_s
+from spherical_optax._links.adam_srt import adam_srt, scale_by_adam_srt
+from spherical_optax._links.adamp import adamp, project_where_invariant, sgdp
+from spherical_optax._links.constraints import (
     ReprojectToSphereState,
     centralize_per_group,
     follow_great_circle,
@@ -29,40 +51,13 @@ from spherical_optax._constraints import (
     reproject_to_sphere,
     scale_by_radius,
 )
-from spherical_optax._geometry import (
-    Transport,
-    angle,
-    exp_map,
-    parallel_transport,
-    project_to_tangent,
-    retract,
-)
-from spherical_optax._groups import (
-    Blocks,
-    blocks,
-    group_inner,
-    group_norm,
-)
-from spherical_optax._hyperball import HyperballState, adam_h, hyperball
-from spherical_optax._invariance import (
-    Evidence,
-    InvariantGroups,
-    check_selection,
-    find_invariant_groups,
-)
-from spherical_optax._measures import (
-    angle_per_step,
-    deformation,
-    effective_learning_rate,
-    radial_fraction,
-    radius,
-)
-from spherical_optax._momentum import (
+from spherical_optax._links.hyperball import HyperballState, adam_h, hyperball
+from spherical_optax._links.momentum import (
     sgd_mrt,
     trace_rt,
 )
-from spherical_optax._muon_h import muon_h, orthogonalize_per_group
-from spherical_optax._rotational import (
+from spherical_optax._links.muon_h import muon_h, orthogonalize_per_group
+from spherical_optax._links.rotational import (
     RotationalState,
     equilibrium_angle,
     equilibrium_angle_of_lion,
@@ -70,15 +65,20 @@ from spherical_optax._rotational import (
     equilibrium_angle_of_sgd_mrt,
     rotational,
 )
-from spherical_optax._selection import (
-    ByPath,
-    ChannelAxes,
-    by_path,
-    describe,
-    path_labels,
-    path_mask,
+from spherical_optax._looking.invariance import (
+    Evidence,
+    InvariantGroups,
+    check_selection,
+    find_invariant_groups,
 )
-from spherical_optax._with_geometry import (
+from spherical_optax._looking.measures import (
+    angle_per_step,
+    deformation,
+    effective_learning_rate,
+    radial_fraction,
+    radius,
+)
+from spherical_optax._looking.with_geometry import (
     WithGeometryState,
     geometry,
     with_geometry,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._groups import (
+from spherical_optax._ground.groups import (
     Layout,
     inner,
     nonzero,
@@ -19,8 +19,8 @@ from spherical_optax._groups import (
     widen,
     zero_where,
 )
-from spherical_optax._leaves import aligned, need_params
-from spherical_optax._selection import ChannelAxes, Leaf, is_hole, named_leaves, select
+from spherical_optax._ground.leaves import aligned, need_params
+from spherical_optax._ground.selection import ChannelAxes, Leaf, is_hole, named_leaves, select
 
 # The rows and columns of the state's arrays; the last row only where there is one momentum.
 MEASURES = (

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._groups import Axes, Blocks, Layout, layout
+from spherical_optax._ground.groups import Axes, Blocks, Layout, layout
 
 ChannelAxes = Axes | Callable[[str, Any], Axes]
 

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._groups import (
+from spherical_optax._ground.groups import (
     Axes,
     divide_or,
     in_view,

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._constraints import check_radius, radius_at_init
-from spherical_optax._groups import inner, nonzero, squared_norm, wide_dtype, zeros_per_group
-from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._selection import ChannelAxes, Leaf, map_selected
+from spherical_optax._ground.groups import inner, nonzero, squared_norm, wide_dtype, zeros_per_group
+from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected
+from spherical_optax._links.constraints import check_radius, radius_at_init
 
 Radius = float | Callable[[str, Any], ArrayLike] | None
 Retraction = Literal["normalize", "exp"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from spherical_optax._groups import Blocks, Layout
+from spherical_optax._ground.groups import Blocks, Layout
 
 Named = int | tuple[int, ...] | Blocks  # channel_axes of a spherical leaf
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._geometry import to_radius
-from spherical_optax._groups import Layout, nonzero, norm, wide_dtype, widen
-from spherical_optax._selection import is_hole, named_leaves
+from spherical_optax._ground.geometry import to_radius
+from spherical_optax._ground.groups import Layout, nonzero, norm, wide_dtype, widen
+from spherical_optax._ground.selection import is_hole, named_leaves
 
 LossFn = Callable[[Any, Any], ArrayLike]
 Verdict = Literal["invariant", "not invariant", "undecided"]

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._geometry import Transport, check_transport, transport_momentum
-from spherical_optax._groups import group_size, nonzero, squared_norm
-from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._moments import (
+from spherical_optax._ground.geometry import Transport, check_transport, transport_momentum
+from spherical_optax._ground.groups import group_size, nonzero, squared_norm
+from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.selection import ChannelAxes
+from spherical_optax._links.moments import (
     adam_step,
     average,
     bias_correction,
@@ -20,8 +21,7 @@ from spherical_optax._moments import (
     decay_gradient,
     zero_moments,
 )
-from spherical_optax._ready import DecayMask, decay_flags, scale_by_learning_rate
-from spherical_optax._selection import ChannelAxes
+from spherical_optax._links.ready import DecayMask, decay_flags, scale_by_learning_rate
 
 
 def scale_by_adam_srt(

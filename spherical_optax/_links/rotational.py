@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._constraints import radius_at_init
-from spherical_optax._geometry import tangent
-from spherical_optax._groups import nonzero, norm, squared_norm, zeros_per_group
-from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._moments import average, bias_correction
-from spherical_optax._selection import ChannelAxes, map_selected
+from spherical_optax._ground.geometry import tangent
+from spherical_optax._ground.groups import nonzero, norm, squared_norm, zeros_per_group
+from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.selection import ChannelAxes, map_selected
+from spherical_optax._links.constraints import radius_at_init
+from spherical_optax._links.moments import average, bias_correction
 
 
 class RotationalState(NamedTuple):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._selection import ChannelAxes
+from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.selection import ChannelAxes
 
 # Which leaves decay: a tree of booleans, or a callable from the parameters to one; None: all.
 DecayMask = optax.Params | Callable[[optax.Params], optax.Params] | None

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._geometry import great_circle, tangent, to_radius
-from spherical_optax._groups import group_norm, nonzero, norm, squared_norm, zeros_per_group
-from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._selection import ChannelAxes, Leaf, map_selected, select
+from spherical_optax._ground.geometry import great_circle, tangent, to_radius
+from spherical_optax._ground.groups import group_norm, nonzero, norm, squared_norm, zeros_per_group
+from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected, select
 
 
 def project_to_tangent_space(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:

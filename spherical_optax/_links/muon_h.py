@@ -8,9 +8,9 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._hyperball import Radius, on_hyperballs
-from spherical_optax._leaves import map_leaves
-from spherical_optax._selection import ChannelAxes, path_labels, select
+from spherical_optax._ground.leaves import map_leaves
+from spherical_optax._ground.selection import ChannelAxes, path_labels, select
+from spherical_optax._links.hyperball import Radius, on_hyperballs
 
 
 def orthogonalize_per_group(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._groups import group_size, inner, norm
-from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._moments import bias_correction
-from spherical_optax._ready import scale_by_learning_rate
-from spherical_optax._selection import ChannelAxes, select
+from spherical_optax._ground.groups import group_size, inner, norm
+from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.selection import ChannelAxes, select
+from spherical_optax._links.moments import bias_correction
+from spherical_optax._links.ready import scale_by_learning_rate
 
 
 def project_where_invariant(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._groups import squared_norm, zeros_per_group
-from spherical_optax._selection import ChannelAxes, map_selected
+from spherical_optax._ground.groups import squared_norm, zeros_per_group
+from spherical_optax._ground.selection import ChannelAxes, map_selected
 
 
 def zero_moments(

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._geometry import Transport, check_transport, transport_momentum
-from spherical_optax._groups import nonzero, squared_norm
-from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._ready import DecayMask, add_coupled_decay, scale_by_learning_rate
-from spherical_optax._selection import ChannelAxes, select
+from spherical_optax._ground.geometry import Transport, check_transport, transport_momentum
+from spherical_optax._ground.groups import nonzero, squared_norm
+from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.selection import ChannelAxes, select
+from spherical_optax._links.ready import DecayMask, add_coupled_decay, scale_by_learning_rate
 
 
 def trace_rt(

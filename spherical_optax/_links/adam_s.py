@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._groups import group_size
-from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._moments import (
+from spherical_optax._ground.groups import group_size
+from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.selection import ChannelAxes
+from spherical_optax._links.moments import (
     adam_step,
     average,
     bias_correction,
@@ -18,8 +19,7 @@ from spherical_optax._moments import (
     decay_gradient,
     zero_moments,
 )
-from spherical_optax._ready import DecayMask, decay_flags, scale_by_learning_rate
-from spherical_optax._selection import ChannelAxes
+from spherical_optax._links.ready import DecayMask, decay_flags, scale_by_learning_rate
 
 
 def scale_by_adam_s(

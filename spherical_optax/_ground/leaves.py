@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._groups import widen
-from spherical_optax._selection import ChannelAxes, Leaf, is_hole, named_leaves, select
+from spherical_optax._ground.groups import widen
+from spherical_optax._ground.selection import ChannelAxes, Leaf, is_hole, named_leaves, select
 
 
 def map_leaves(

@@ -7,23 +7,23 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._geometry import (
+from spherical_optax._ground.geometry import (
     Transport,
     check_transport,
     isometric_stretch,
     transport_momentum,
 )
-from spherical_optax._groups import nonzero, product, squared_norm
-from spherical_optax._leaves import map_leaves, need_params
-from spherical_optax._moments import (
+from spherical_optax._ground.groups import nonzero, product, squared_norm
+from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.selection import ChannelAxes
+from spherical_optax._links.moments import (
     adam_step,
     average,
     bias_correction,
     step_per_momentum,
     zero_moments,
 )
-from spherical_optax._ready import DecayMask, add_coupled_decay
-from spherical_optax._selection import ChannelAxes
+from spherical_optax._links.ready import DecayMask, add_coupled_decay
 
 
 def scale_by_adam_g(

@@ -11,8 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 import optax
 
-from spherical_optax._groups import Axes, Layout, layout
-from spherical_optax._probe import (
+from spherical_optax._ground.groups import Axes, Layout, layout
+from spherical_optax._ground.selection import (
+    ChannelAxes,
+    is_hole,
+    named_leaves,
+    refuse_schedule_call,
+    select,
+)
+from spherical_optax._looking.probe import (
     LossFn,
     Probe,
     Verdict,
@@ -22,14 +29,7 @@ from spherical_optax._probe import (
     radial,
     rescaling,
 )
-from spherical_optax._refinement import Named, one_step_finer, plain_axes, refines
-from spherical_optax._selection import (
-    ChannelAxes,
-    is_hole,
-    named_leaves,
-    refuse_schedule_call,
-    select,
-)
+from spherical_optax._looking.refinement import Named, one_step_finer, plain_axes, refines
 
 
 class Evidence(NamedTuple):

@@ -1,0 +1,1 @@
+"""What all links stand on: groups and sums over them, geometry, selections, leaves."""

@@ -1,0 +1,1 @@
+"""The links and the optimizers, a file for each paper, and what they share."""
