@@ -15,7 +15,6 @@ import spherical_optax as so
 from cifar import models
 from tiny import Tiny
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(16, 6)), jnp.float32)
 IMAGES = jnp.asarray(RNG.normal(size=(8, 6, 6, 2)), jnp.float32)
@@ -529,6 +528,7 @@ def test_every_convolution_of_the_networks_and_nothing_else(name):
     def loss(params, images):
         return cross_entropy(nnx.merge(graphdef, params, stats, copy=True)(images, train=True))
 
+    # Smaller ones take longer: XLA is slow at images of 2×2 pixels on a CPU.
     images = jnp.asarray(RNG.normal(size=(8, 32, 32, 3)), jnp.float32)
     found = so.find_invariant_groups(loss, params, images)
     for leaf in found.leaves:

@@ -110,19 +110,18 @@ def find_invariant_groups(
         D = max |f(y) - f(x)|                y in random directions, |y| = |x| in each group
         R <= tolerance D
 
-    over all batches and three random perturbations of the parameters. Groups in which f is
-    invariant are so united, too. The search therefore starts with the whole leaf; what passes is
-    refined, by an axis more or by more `blocks` of an axis, while that passes and makes more groups
-    on which the loss depends at all. (Eight of nine taps do nothing on 1×1 images.)
-    Where two refinements pass, but not both at once, the one of more groups is taken.
+    over all batches and three random perturbations of the parameters. What is invariant in groups
+    is so in unions of them. The search therefore starts with the whole leaf, and refines what
+    passes, by naming one more axis or by more `blocks` of one, as long as that passes and makes
+    more groups that the loss depends on. (It does not on eight of nine taps over 1×1 images.) Where
+    two refinements pass, but not both at once, the one of more groups is taken.
 
     The first line costs one gradient for all leaves, but a large group hardly has a radial part
     anyway; R and D cost three values of the loss at each point, once for most leaves that pass it.
     Perturbed, because at its start a network may hide what it depends on: BatchNorm's scale looks
     invariant while its bias is zero, and a last layer of zeros hides all layers before it. A leaf
     whose R and D are below the loss's rounding is undecided: such is a bias before BatchNorm, on
-    which nothing depends. Of a kernel that is not invariant, but is together with its bias, the
-    evidence says so: without the bias it would be.
+    which nothing depends. The evidence also tells a kernel that is invariant only with its bias.
 
     In ResNets and a VGG16, R/D is below 1e-3, for BatchNorm's eps, or above 0.1. Activations in
     bfloat16 round too much to tell: measure such a model in float32. In a whole tensor, one channel
@@ -177,7 +176,7 @@ def check_selection(
     """Warns of each spherical leaf of a selection whose length does change the loss.
 
     Measures as `find_invariant_groups` does, with the selection's groups as the only candidates.
-    Where they fail, the warning says which groups do not, if any.
+    Where they fail and others pass, the warning names those.
 
     Args:
       loss_fn: `(params, batch) -> loss`, see `find_invariant_groups`.
@@ -188,7 +187,7 @@ def check_selection(
 
     Returns:
       What was measured; as a selection, the part of `channel_axes` that was found invariant. The
-      evidence on the rest has the groups that are, as `instead`.
+      evidence on the rest names the groups that pass, if any, as `instead`.
 
     Raises:
       ValueError, TypeError: the selection does not fit the parameters, or as in
@@ -265,10 +264,10 @@ def _finest(at: Probe, place: int) -> Evidence:
             refuted.append(groups)
         return not is_refuted(groups)
 
-    largest = radials[whole].largest
-    check_finite(largest, f"{path}: the gradient of loss_fn")
-    if largest > at.tolerance:
-        return _with_bias(at, place, Evidence(path, None, "not invariant", largest))
+    least = at.whole[place].largest  # of all groups
+    check_finite(least, f"{path}: the gradient of loss_fn")
+    if least > at.tolerance:
+        return _with_bias(at, place, Evidence(path, None, "not invariant", least))
     # R and D of the finest groups spare those of all that are coarser. So go down by radial
     # derivatives alone, and step by step only if that went too far.
     last = whole
