@@ -66,7 +66,7 @@ def test_an_optimizer_and_its_link_share_their_defaults(name):
 
 def test_the_library_imports_jax_and_optax_only():
     allowed = {"jax", "optax", "spherical_optax"}
-    for file in Path(so.__file__).parent.glob("*.py"):
+    for file in Path(so.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = []
             if isinstance(node, ast.Import):

@@ -313,7 +313,7 @@ def follow_great_circle(*, channel_axes: ChannelAxes) -> optax.GradientTransform
     >>> x, u = jnp.array([2.0, 0.0]), jnp.array([7.0, jnp.pi])  # a quarter of a turn
     >>> updates, _ = tx.update(u, tx.init(x), x)
     >>> (x + updates).round(5)
-    Array([-0.,  2.], dtype=float32)
+    Array([0., 2.], dtype=float32)
     """
 
     def init_fn(params: optax.Params) -> optax.EmptyState:

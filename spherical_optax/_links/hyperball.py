@@ -82,12 +82,12 @@ def hyperball(
     Source: Wen et al., *Hyperball optimization* (2025); "exp" is the exponential map.
 
     >>> import jax.numpy as jnp, optax, spherical_optax as so
-    >>> tx = so.hyperball(optax.identity(), 0.1, channel_axes=(), retraction="exp")
+    >>> tx = so.hyperball(optax.identity(), 0.25, channel_axes=(), retraction="exp")
     >>> x, g = jnp.array([3.0, 4.0]), jnp.array([8.0, -1.0])
     >>> updates, _ = tx.update(g, tx.init(x), x)
     >>> y = optax.apply_updates(x, updates)
     >>> so.group_norm(y, channel_axes=()).round(5), so.angle(x, y, channel_axes=()).round(5)
-    (Array([5.], dtype=float32), Array([0.1], dtype=float32))
+    (Array([5.], dtype=float32), Array([0.25], dtype=float32))
     """
     return on_hyperballs(
         direction,

@@ -72,11 +72,11 @@ def rotational(
     Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), algorithm 1.
 
     >>> import jax.numpy as jnp, optax, spherical_optax as so
-    >>> tx = so.rotational(optax.identity(), 0.1, channel_axes=())
+    >>> tx = so.rotational(optax.identity(), 0.25, channel_axes=())
     >>> x, g = jnp.array([3.0, 4.0]), jnp.array([8.0, -1.0])
     >>> updates, _ = tx.update(g, tx.init(x), x)
     >>> jnp.tan(so.angle_per_step(x, updates, channel_axes=())).round(5)
-    Array([0.1], dtype=float32)
+    Array([0.25], dtype=float32)
     """
     direction = optax.with_extra_args_support(direction)
 
@@ -241,7 +241,7 @@ def equilibrium_angle_of_lion(
 
     >>> import spherical_optax as so
     >>> so.equilibrium_angle_of_lion(1e-4, 1.0, b1=0.9, b2=0.99).round(5)
-    Array(0.00209, dtype=float32, weak_type=True)
+    Array(0.0021, dtype=float32, weak_type=True)
     """
     b1, b2 = jnp.asarray(b1), jnp.asarray(b2)
     share = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
