@@ -13,6 +13,8 @@ from flax.training.train_state import TrainState
 import spherical_optax as so
 from cifar import models
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 3)), jnp.float32)
 LABELS = jnp.arange(8) % 2
 AXES = so.by_path({r"conv\d/kernel": -1})
@@ -59,30 +61,29 @@ def cross_entropy(logits):
     return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
 
 
+@nnx.jit
+def nnx_gradients(model):
+    return nnx.grad(lambda model: cross_entropy(model(IMAGES)))(model)
+
+
+@jax.jit
+@jax.grad
+def linen_gradients(params):
+    return cross_entropy(LinenNet().apply({"params": params}, IMAGES))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nnx_and_linen_give_the_same_trajectory(name):
     tx = OPTIMIZERS[name]
     model = NNXNet(nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    @nnx.jit
-    def nnx_step(model, optimizer):
-        optimizer.update(model, nnx.grad(lambda model: cross_entropy(model(IMAGES)))(model))
-
+    nnx_update = nnx.jit(lambda optimizer, model, grads: optimizer.update(model, grads))
     state = TrainState.create(apply_fn=LinenNet().apply, params=params, tx=tx)
-
-    @jax.jit
-    def linen_step(state):
-        grads = jax.grad(lambda p: cross_entropy(state.apply_fn({"params": p}, IMAGES)))(
-            state.params
-        )
-        return state.apply_gradients(grads=grads)
-
+    linen_update = jax.jit(lambda state, grads: state.apply_gradients(grads=grads))
     for _ in range(5):
-        nnx_step(model, optimizer)
-        state = linen_step(state)
+        nnx_update(optimizer, model, nnx_gradients(model))
+        state = linen_update(state, linen_gradients(state.params))
     ours = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     # LayerNorm and the sums of the two are compiled on their own: float32 rounding, five steps.
     chex.assert_trees_all_close(ours, state.params, rtol=1e-4, atol=1e-5)

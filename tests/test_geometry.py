@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 
 import spherical_optax as so
 from layouts import COUNTS, LAYOUTS, as_rows, random_arrays
@@ -31,7 +30,7 @@ def lengths(x, axes):
 
 
 @pytest.mark.parametrize("layout, counts", COUNTS.items())
-@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_norms_and_products_are_summed_over_the_other_axes(layout, counts, dtype):
     shape, axes = layout
     x, y = random_arrays(shape, 2, dtype)
@@ -49,39 +48,43 @@ def test_half_precision_is_summed_in_float32():
     np.testing.assert_allclose(so.group_norm(x, channel_axes=()), [31.61], rtol=1e-3)
 
 
-class InvariantsTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.product(layout=LAYOUTS, dtype=list(EPS))
-    def test_invariants(self, layout, dtype):
-        (shape, axes), eps = layout, EPS[dtype]
-        x, y, a = random_arrays(shape, 3, dtype)
+@pytest.mark.parametrize(
+    "layout, dtype",
+    [
+        *((layout, "float64") for layout in LAYOUTS),
+        *((LAYOUTS[-1], dtype) for dtype in EPS if dtype != "float64"),
+    ],
+)
+def test_invariants(layout, dtype):
+    (shape, axes), eps = layout, EPS[dtype]
+    x, y, a = random_arrays(shape, 3, dtype)
 
-        @self.variant
-        def run(x, y, a):
-            keyword = {"channel_axes": axes}
-            v = so.project_to_tangent(x, a, **keyword)
-            return {
-                "v": v,
-                "again": so.project_to_tangent(x, v, **keyword),
-                "retracted": so.retract(x, a, **keyword),
-                "exp": so.exp_map(x, v, **keyword),
-                "transported": so.parallel_transport(x, y, v, **keyword),
-                "angle": so.angle(x, y, **keyword),
-            }
+    @jax.jit
+    def run(x, y, a):
+        keyword = {"channel_axes": axes}
+        v = so.project_to_tangent(x, a, **keyword)
+        return {
+            "v": v,
+            "again": so.project_to_tangent(x, v, **keyword),
+            "retracted": so.retract(x, a, **keyword),
+            "exp": so.exp_map(x, v, **keyword),
+            "transported": so.parallel_transport(x, y, v, **keyword),
+            "angle": so.angle(x, y, **keyword),
+        }
 
-        out = run(x, y, a)
-        assert out.pop("angle").dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
-        assert all(value.dtype == x.dtype and value.shape == shape for value in out.values())
-        xs, ys, vs = (as_rows(z, axes) for z in (x, y, out["v"]))
-        size = lengths(x, axes) * lengths(a, axes)
-        assert np.all(np.abs(dot(vs, xs)) <= eps * size)
-        np.testing.assert_allclose(as_rows(out["again"], axes), vs, rtol=0, atol=4 * eps)
-        for name in ("retracted", "exp"):
-            np.testing.assert_allclose(lengths(out[name], axes), lengths(x, axes), rtol=eps)
-        moved = as_rows(out["transported"], axes)
-        assert np.all(np.abs(dot(moved, ys)) <= eps * size * 4)
-        np.testing.assert_allclose(lengths(moved, -2), lengths(vs, -2), rtol=4 * eps)
-        np.testing.assert_allclose(moved, transported(vs, xs, ys), rtol=0, atol=10 * eps)
+    out = run(x, y, a)
+    assert out.pop("angle").dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
+    assert all(value.dtype == x.dtype and value.shape == shape for value in out.values())
+    xs, ys, vs = (as_rows(z, axes) for z in (x, y, out["v"]))
+    size = lengths(x, axes) * lengths(a, axes)
+    assert np.all(np.abs(dot(vs, xs)) <= eps * size)
+    np.testing.assert_allclose(as_rows(out["again"], axes), vs, rtol=0, atol=4 * eps)
+    for name in ("retracted", "exp"):
+        np.testing.assert_allclose(lengths(out[name], axes), lengths(x, axes), rtol=eps)
+    moved = as_rows(out["transported"], axes)
+    assert np.all(np.abs(dot(moved, ys)) <= eps * size * 4)
+    np.testing.assert_allclose(lengths(moved, -2), lengths(vs, -2), rtol=4 * eps)
+    np.testing.assert_allclose(moved, transported(vs, xs, ys), rtol=0, atol=10 * eps)
 
 
 @pytest.mark.parametrize("theta", [1e-7, 1e-4, 1e-2, 0.5, 1.5, 3.0, 3.1415])
@@ -128,7 +131,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # others are no closer to zero
 def test_values_and_gradients_are_finite_where_groups_are_zero(name, dtype):
     rng = np.random.default_rng(1)
     arrays = rng.normal(size=(3, 4, 8))

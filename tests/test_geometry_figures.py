@@ -11,12 +11,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import spherical_optax as so
-from watched import AXES, CLOSE, GRADS, PARAMS, figures, history, random_tree, stack, watch
+from watched import AXES, CLOSE, GRADS, PARAMS, figures, history, random_tree, scan, stack, watch
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 SGD = optax.sgd(0.1, 0.9)
-WATCHED = watch(SGD)  # once, as each is compiled
+WATCHED, EVERY_THIRD = watch(SGD), watch(SGD, every=3)  # once, as each is compiled
 
 
 def by_path(tree):
@@ -88,8 +88,8 @@ def check_figures(tx, momentum, dtype):
         np.testing.assert_allclose(figure, expected[name], rtol=rtol, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_the_rate_of_sgd_is_that_of_the_table(decay):
+def test_the_rate_of_sgd_is_that_of_the_table():
+    decay = 0.5
     tx = watch(optax.chain(optax.add_decayed_weights(decay), optax.sgd(0.1)))
 
     @jax.jit
@@ -111,8 +111,8 @@ def test_the_rate_of_sgd_is_that_of_the_table(decay):
 
 
 def test_the_figures_are_zero_at_first_and_stay_between_the_measured_updates():
-    each_step, tx = figures(WATCHED), watch(SGD, every=3)
-    before = jax.jit(lambda: so.geometry(tx.init(PARAMS)))()
+    each_step, tx = figures(WATCHED), EVERY_THIRD
+    before = so.geometry(tx.init(PARAMS))
     assert before.keys() == each_step.keys() and not any(map(np.any, before.values()))
     for name, measured in figures(tx).items():
         expected = each_step[name][[0, 0, 0, 3, 3]]
@@ -122,18 +122,13 @@ def test_the_figures_are_zero_at_first_and_stay_between_the_measured_updates():
 
 
 def test_vmapped_seeds_have_figures_of_their_own():
-    tx = watch(SGD, every=2)
-    seeds = [[random_tree(10 * seed + i) for i in range(4)] for seed in range(3)]
+    seeds = [[random_tree(i + 10 * seed) for i in range(6)] for seed in (1, 0, 2)]
     params, *grads = (stack(trees) for trees in zip(*seeds, strict=True))
-    state, update = jax.jit(jax.vmap(tx.init))(params), jax.jit(jax.vmap(tx.update))
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-    measured = so.geometry(state)
-    for i, (first, *others) in enumerate(seeds):
-        for name, alone in figures(tx, first, others).items():
-            assert measured[name].shape == (3,)
-            np.testing.assert_allclose(measured[name][i], alone[-1], **CLOSE)
+    measured = jax.vmap(partial(scan, EVERY_THIRD), in_axes=(0, 1))(params, stack(grads))[1]
+    for name, alone in figures(EVERY_THIRD).items():
+        assert measured[name].shape == (3, 5)
+        np.testing.assert_allclose(measured[name][1], alone, **CLOSE)
+        assert np.all(measured[name][0] != measured[name][1])
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -175,16 +170,21 @@ COMPOSED = {
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_inside_other_transformations_the_figures_are_the_same(name):
-    chex.assert_trees_all_close(figures(COMPOSED[name]), figures(WATCHED), **CLOSE)
+    tx, params = COMPOSED[name], PARAMS
+    state, expected = tx.init(params), figures(WATCHED)
+    for i in range(2):
+        updates, state = tx.update(GRADS[i], state, params)
+        params = optax.apply_updates(params, updates)
+        now = jax.tree.map(lambda figure, i=i: figure[i], expected)
+        chex.assert_trees_all_close(so.geometry(state), now, **CLOSE)
 
 
 def test_accumulated_gradients_are_measured_once_per_step():
     multi = optax.MultiSteps(WATCHED, every_k_schedule=2).gradient_transformation()
-    means = [jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[i : i + 2]) for i in (0, 2)]
-    alone = figures(WATCHED, grads=means)
-    for name, after in figures(multi, grads=GRADS[:4]).items():
-        first, second = alone[name]
-        np.testing.assert_allclose(after, [0, first, first, second], **CLOSE)
+    pairs = [jax.tree.map(lambda x, k=k: k * x, g) for g in GRADS for k in (0.5, 1.5)]
+    alone = figures(WATCHED)  # of their means
+    for name, after in figures(multi, grads=pairs).items():
+        np.testing.assert_allclose(after, np.repeat([0, *alone[name]], 2)[1:-1], **CLOSE)
 
 
 @pytest.mark.parametrize("turn", [1e-6, 1e-3, 0.3, 3.1])

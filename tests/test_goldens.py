@@ -3,12 +3,10 @@
 import json
 from pathlib import Path
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl.testing import parameterized
 
 import oracle
 import spherical_optax as so
@@ -50,19 +48,16 @@ def relative_error(trajectory, expected):
     return np.max(np.abs(np.asarray(trajectory) - expected)) / np.max(np.abs(expected))
 
 
-class GoldensTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.named_parameters(*((name, name) for name in CASES))
-    def test_trajectory_is_the_published_one(self, name):
-        with jax.enable_x64(True):
-            trajectory = replay(
-                make_optimizer(CASES[name]),
-                jnp.asarray(ARRAYS[f"{name}/params"]),
-                [jnp.asarray(grad) for grad in ARRAYS[f"{name}/grads"]],
-                self.variant,
-            )
-        error = relative_error(trajectory, ARRAYS[f"{name}/trajectory"])
-        self.assertLess(error, TOLERANCE[CASES[name]["algorithm"]])
+@pytest.mark.parametrize("name", CASES)
+def test_trajectory_is_the_published_one(name):
+    with jax.enable_x64(True):
+        trajectory = replay(
+            make_optimizer(CASES[name]),
+            jnp.asarray(ARRAYS[f"{name}/params"]),
+            [jnp.asarray(grad) for grad in ARRAYS[f"{name}/grads"]],
+        )
+    error = relative_error(trajectory, ARRAYS[f"{name}/trajectory"])
+    assert error < TOLERANCE[CASES[name]["algorithm"]]
 
 
 def oracle_trajectory(case):

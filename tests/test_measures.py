@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl.testing import parameterized
 from flax import nnx
 
 import spherical_optax as so
@@ -14,7 +13,7 @@ from layouts import COUNTS, LAYOUTS, as_rows, random_arrays
 from oracle import dot
 
 # Rounding of sums in float32 at least: bfloat16 is exact in it, and no result is rounded back.
-EPS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-5}
+EPS = {"float64": 1e-13, "bfloat16": 1e-5}
 ETA = 0.3
 
 
@@ -66,25 +65,25 @@ ORACLES = {
 }
 
 
-class MeasuresTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.product(layout=LAYOUTS, dtype=list(EPS))
-    def test_measures_are_the_oracle(self, layout, dtype):
-        (shape, axes), wide = layout, "float64" if dtype == "float64" else "float32"
-        arrays = random_arrays(shape, 5, dtype)
-        arrays[4] = abs(arrays[4]) + jnp.asarray(0.5, dtype)
+@pytest.mark.parametrize(
+    "layout, dtype", [*((layout, "float64") for layout in LAYOUTS), (LAYOUTS[-1], "bfloat16")]
+)
+def test_measures_are_the_oracle(layout, dtype):
+    (shape, axes), wide = layout, "float64" if dtype == "float64" else "float32"
+    arrays = random_arrays(shape, 5, dtype)
+    arrays[4] = abs(arrays[4]) + jnp.asarray(0.5, dtype)
 
-        @self.variant
-        def run(*arrays):
-            return {name: of(*arrays, channel_axes=axes) for name, of in MEASURES.items()}
+    @jax.jit
+    def run(*arrays):
+        return {name: of(*arrays, channel_axes=axes) for name, of in MEASURES.items()}
 
-        for name, measured in run(*arrays).items():
-            assert measured.dtype == wide
-            assert measured.shape == COUNTS[layout]
-            expected = ORACLES[name](*(as_rows(array, axes) for array in arrays))
-            # The rate's denominator may cancel to a tenth or so.
-            tolerance = 10 * EPS[dtype] if name == "effective_learning_rate" else EPS[dtype]
-            np.testing.assert_allclose(measured.ravel(), expected.ravel(), rtol=tolerance)
+    for name, measured in run(*arrays).items():
+        assert measured.dtype == wide
+        assert measured.shape == COUNTS[layout]
+        expected = ORACLES[name](*(as_rows(array, axes) for array in arrays))
+        # The rate's denominator may cancel to a tenth or so.
+        tolerance = 10 * EPS[dtype] if name == "effective_learning_rate" else EPS[dtype]
+        np.testing.assert_allclose(measured.ravel(), expected.ravel(), rtol=tolerance)
 
 
 @pytest.mark.parametrize("division", ["number", "per group", "full"])
@@ -158,14 +157,13 @@ def test_a_step_beyond_the_centre_turns_by_more_than_a_right_angle():
 
 
 @pytest.mark.parametrize("name", MEASURES)
-@pytest.mark.parametrize("dtype", EPS)
-def test_zeros_give_zeros_and_no_nan(name, dtype):
+def test_zeros_give_zeros_and_no_nan(name):
     of = MEASURES[name]
     rng = np.random.default_rng(1)
     combinations = np.array([[i >> bit & 1 for bit in range(5)] for i in range(32)])
-    arrays = [jnp.asarray(rng.normal(size=(6, 32)) * kept, dtype) for kept in combinations.T]
+    arrays = [jnp.asarray(rng.normal(size=(6, 32)) * kept) for kept in combinations.T]
     assert np.all(np.isfinite(of(*arrays, channel_axes=-1)))
-    whole = [jnp.asarray(rng.normal(size=(6, 2)), dtype) for _ in range(5)]
+    whole = [jnp.asarray(rng.normal(size=(6, 32))) for _ in range(5)]
     assert np.all(of(*whole, channel_axes=-1) != 0)
     needed = {
         "radius": [0],
@@ -290,5 +288,6 @@ def test_a_selection_that_does_not_fit_is_refused(name):
     arrays = random_arrays((4, 3), 5)
     with pytest.raises(ValueError, match="out of range"):
         MEASURES[name](*arrays, channel_axes=2)
+    trees = ({"kernel": array} for array in arrays)
     with pytest.raises(ValueError, match="no parameter path matches"):
-        MEASURES[name](*arrays, channel_axes=so.by_path({"conv": -1}))
+        MEASURES[name](*trees, channel_axes=so.by_path({"conv": -1}))

@@ -1,5 +1,6 @@
 """The optimizers against the oracle, Adam and SGD, and the symmetries of the sphere."""
 
+import itertools
 from functools import partial
 
 import chex
@@ -9,8 +10,6 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import oracle
 import spherical_optax as so
@@ -42,8 +41,9 @@ def assert_close(actual, expected, tolerance=ROUNDING):
 LAYOUTS = [((3, 3, 4, 5), -1), ((6, 5), ()), ((2, 7, 5), (0, -1)), ((4, 6, 2), (-2, -1))]
 
 
-@pytest.mark.parametrize("shape, axes", LAYOUTS)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
+@pytest.mark.parametrize(
+    "shape, axes, weight_decay", [*((*case, 0.02) for case in LAYOUTS), (*LAYOUTS[0], 0.0)]
+)
 @pytest.mark.parametrize("transport", ["none", "rescale"])
 def test_adam_s_and_adam_srt_are_the_oracle(shape, axes, weight_decay, transport):
     x, grads = random_arrays(0, *shape, steps=30)
@@ -58,8 +58,10 @@ def test_adam_s_and_adam_srt_are_the_oracle(shape, axes, weight_decay, transport
     assert_close(as_rows(actual, axes), list(expected))
 
 
-@pytest.mark.parametrize("shape, axes", LAYOUTS)
-@pytest.mark.parametrize("weight_decay, dampening", [(0.0, 0.0), (0.02, 0.3)])
+@pytest.mark.parametrize(
+    "shape, axes, weight_decay, dampening",
+    [*((*case, 0.02, 0.3) for case in LAYOUTS), (*LAYOUTS[0], 0.0, 0.0)],
+)
 def test_sgd_mrt_is_the_oracle(shape, axes, weight_decay, dampening):
     x, grads = random_arrays(1, *shape, steps=30)
     tx = so.sgd_mrt(0.02, 0.9, dampening=dampening, weight_decay=weight_decay, channel_axes=axes)
@@ -74,14 +76,16 @@ def test_sgd_mrt_is_the_oracle(shape, axes, weight_decay, dampening):
 
 @pytest.mark.parametrize("shape, axes", LAYOUTS)
 def test_adam_g_is_the_oracle_for_tangent_gradients(shape, axes):
-    x, directions = random_arrays(2, *shape, steps=30)
+    x, directions = random_arrays(2, *shape, steps=12)
     tx = so.adam_g(0.03, 0.8, 0.95, 1e-3, channel_axes=axes)
+
     # Gradients of radially invariant functions: tangent, and longer at a smaller radius.
-    grads = [
-        lambda x, v=v: so.project_to_tangent(x, v / so.group_norm(x, channel_axes=axes),
-                                             channel_axes=axes)
-        for v in jnp.asarray(directions)
-    ]  # fmt: skip
+    @jax.jit
+    def gradient(x, v):
+        v = v / so.group_norm(x, channel_axes=axes)
+        return so.project_to_tangent(x, v, channel_axes=axes)
+
+    grads = [partial(gradient, v=v) for v in jnp.asarray(directions)]
     actual = replay(tx, jnp.asarray(x), grads)
 
     def tangent_gradients():
@@ -97,20 +101,16 @@ def test_adam_g_is_the_oracle_for_tangent_gradients(shape, axes):
     assert_close(as_rows(actual, axes), expected)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
-    data=st.data(),
-    learning_rate=st.floats(1e-4, 0.3),
-    b1=st.floats(0, 0.99),
-    b2=st.floats(0.1, 0.999),
+@pytest.mark.parametrize(
+    "axes", [axes for n in range(4) for axes in itertools.combinations(range(3), n)]
 )
-def test_adam_srt_is_the_oracle_for_any_shape_and_axes(shape, data, learning_rate, b1, b2):
-    axes = tuple(data.draw(st.sets(st.integers(0, len(shape) - 1))))
+def test_adam_srt_is_the_oracle_for_any_axes(axes):
+    shape = (2, 1, 3)  # an axis of one element too
     x, grads = random_arrays(3, *shape, steps=6)
+    rng = np.random.default_rng(axes)
+    learning_rate, b1, b2 = rng.uniform([1e-4, 0, 0.1], [0.3, 0.99, 0.999]).tolist()
     tx = so.adam_srt(learning_rate, b1, b2, 1e-3, channel_axes=axes)
-    with jax.enable_x64(True):
-        actual = replay(tx, jnp.asarray(x), jnp.asarray(grads), jax.jit)
+    actual = replay(tx, jnp.asarray(x), jnp.asarray(grads))
     expected = oracle.adam(
         oracle.rows(x, axes),
         [oracle.rows(grad, axes) for grad in grads],
@@ -125,14 +125,13 @@ class LimitsTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.product(
+        ({"axes": None, "dtype": "float32"}, {"axes": (1, 0), "dtype": "float64"}),
         name=["adam_s", "adam_srt", "adam_g", "sgd_mrt"],
-        axes=[None, (0, 1), (1, 0)],
-        dtype=["float32", "float64"],
     )
     def test_one_element_per_group_is_the_classic_optimizer(self, name, axes, dtype):
         b2 = 0.99 if name == "adam_g" else 0.999
         classic = optax.sgd(0.01, 0.9) if name == "sgd_mrt" else optax.adam(0.01, 0.9, b2)
-        x, grads = (a.astype(dtype) for a in random_arrays(4, 6, 5, steps=40))
+        x, grads = (a.astype(dtype) for a in random_arrays(4, 6, 5, steps=10))
         for x64 in {dtype == "float64", True}:
             with jax.enable_x64(x64):
                 args = jnp.asarray(x), jnp.asarray(grads)
@@ -147,18 +146,6 @@ OPTIMIZERS = {
     "adam_g": partial(so.adam_g, 0.05, 0.8, 0.95),
     "sgd_mrt": partial(so.sgd_mrt, 0.02),
 }
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_hwio_with_the_last_axis_is_oihw_with_the_first(name):
-    x, grads = random_arrays(5, 3, 3, 4, 5, steps=10)
-    hwio = replay(OPTIMIZERS[name](channel_axes=-1), jnp.asarray(x), jnp.asarray(grads))
-    oihw = replay(
-        OPTIMIZERS[name](channel_axes=0),
-        jnp.asarray(x.transpose(3, 2, 0, 1)),
-        jnp.asarray(grads.transpose(0, 4, 3, 1, 2)),
-    )
-    assert_close(np.stack(hwio).transpose(0, 4, 3, 1, 2), np.stack(oihw))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -195,9 +182,8 @@ def test_a_rotation_changes_the_trajectory_of_adam():
 @pytest.mark.parametrize(
     "name, power", [("adam_s", 1), ("adam_srt", 1), ("sgd_mrt", 2), ("adam_g", 0)]
 )
-@pytest.mark.parametrize("a", [1e-3, 30.0])
-def test_directions_do_not_depend_on_the_scale(name, power, a):
-    x, grads = random_arrays(9, 3, 3, 2, 4, steps=20)
+def test_directions_do_not_depend_on_the_scale(name, power):
+    x, grads = random_arrays(9, 3, 3, 2, 4, steps=10)
     factory = getattr(so, name)
     extra = {} if name == "sgd_mrt" else {"eps": 0.0}
 
@@ -209,7 +195,9 @@ def test_directions_do_not_depend_on_the_scale(name, power, a):
         points = replay(tx, jnp.asarray(scale * x), gradients)
         return np.stack([point / so.group_norm(point, channel_axes=-1) for point in points])
 
-    assert_close(directions(a), directions(1.0), 1e-11)
+    expected = directions(1.0)
+    for scale in (1e-3, 30.0):
+        assert_close(directions(scale), expected, 1e-11)
 
 
 @pytest.mark.parametrize("name", ["scale_by_adam_srt", "scale_by_adam_g", "trace_rt"])
@@ -380,21 +368,19 @@ def test_a_group_that_leaves_zero_starts_anew():
     assert_close(np.asarray(after.nu), np.asarray(anew.nu))
 
 
-@pytest.mark.parametrize("radius", [0.0, 1e-22, 1e-16, 1e-3])
-@pytest.mark.parametrize("late", [0, 1, 300])
-def test_a_group_of_any_size_starts_with_a_step_of_size_one(radius, late):
+def test_a_group_of_any_size_starts_with_a_step_of_size_one():
     # In float32, where |x|² |g|² of the small ones is 0 although |x|² is not. As in a warm-up from
     # 0, the group stays in its place at first.
-    x = jnp.full((4, 2), radius, jnp.float32)
-    g = jnp.full((4, 2), 1e-3, jnp.float32).at[:2].multiply(-1)  # tangent
+    x = jnp.tile(jnp.array([0.0, 1e-22, 1e-16, 1e-3], jnp.float32), (4, 1))
+    g = jnp.full((4, 4), 1e-3, jnp.float32).at[:2].multiply(-1)  # tangent
     tx = so.scale_by_adam_srt(eps=0.0, channel_axes=-1)
     update = jax.jit(tx.update)
     state = tx.init(x)
-    for _ in range(late):
-        _, state = update(g, state, x)
-    updates, _ = update(g, state, x)
-    # mu/(1 - b1^t) is the gradient, and the second moment its square.
-    assert_close(np.abs(np.asarray(updates)), np.ones((4, 2)), 1e-4)
+    for step in range(301):
+        updates, state = update(g, state, x)
+        if step in (0, 1, 300):
+            # mu/(1 - b1^t) is the gradient, and the second moment its square.
+            assert_close(np.abs(np.asarray(updates)), np.ones((4, 4)), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["scale_by_adam_srt", "trace_rt"])

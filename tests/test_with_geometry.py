@@ -20,18 +20,15 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 MOMENTUM = "momentum_radial_fraction"
 
 OPTIMIZERS = {
-    "adam": optax.adam(0.1),
-    "adamw": optax.adamw(0.1, weight_decay=0.1),
     "sgd": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, 0.9)),
     "muon": optax.contrib.muon(0.1),
     "adam_srt": so.adam_srt(0.1, weight_decay=0.1, channel_axes=AXES),
-    "sgd_mrt": so.sgd_mrt(0.1, weight_decay=0.1, channel_axes=AXES),
     "with_value": optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau(patience=1)),
 }
 
 
-def check_bits(bare, tx, compiled):
-    plain_update, update = (compiled(t.update) for t in (bare, tx))
+def check_bits(bare, tx):
+    plain_update, update = (jax.jit(t.update) for t in (bare, tx))
     params, plain_state, state = PARAMS, bare.init(PARAMS), tx.init(PARAMS)
     chex.assert_trees_all_equal(state.inner_state, plain_state)
     for g in GRADS[:3]:
@@ -45,16 +42,11 @@ def check_bits(bare, tx, compiled):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_updates_and_inner_state_are_those_of_the_bare_optimizer_bit_for_bit(name):
-    check_bits(OPTIMIZERS[name], watch(OPTIMIZERS[name]), jax.jit)
-
-
-@pytest.mark.parametrize("name", ["sgd", "adam_srt"])
-def test_nor_do_they_change_without_compilation(name):
-    check_bits(OPTIMIZERS[name], watch(OPTIMIZERS[name]), lambda update: update)
+    check_bits(OPTIMIZERS[name], watch(OPTIMIZERS[name]))
 
 
 def test_nor_do_they_change_between_the_measured_updates():
-    check_bits(OPTIMIZERS["adam_srt"], watch(OPTIMIZERS["adam_srt"], every=2), jax.jit)
+    check_bits(OPTIMIZERS["adam_srt"], watch(OPTIMIZERS["adam_srt"], every=2))
 
 
 def test_extra_arguments_do_not_hurt_an_optimizer_that_takes_none():
@@ -211,8 +203,7 @@ def test_what_is_not_finite_shows_in_the_figures_of_its_leaf_alone(bad):
 def test_a_kept_axis_has_figures_of_its_own():
     keep = so.by_path({"stack": 0})
     tx, apart = watch(optax.adam(0.1)), watch(optax.adam(0.1), keep=keep)
-    whole, each = (so.geometry(jax.jit(t.update)(GRADS[0], t.init(PARAMS), PARAMS)[1])
-                   for t in (tx, apart))  # fmt: skip
+    whole, each = (so.geometry(t.update(GRADS[0], t.init(PARAMS), PARAMS)[1]) for t in (tx, apart))
     assert list(each) == list(whole)
     for i in range(2):
         params, grads = ({"stack": tree["layers"]["stack"][i]} for tree in (PARAMS, GRADS[0]))

@@ -36,16 +36,16 @@ def watch(tx, **kwargs):
 
 def history(tx, params=PARAMS, grads=GRADS):
     """Points, gradients, updates and states after them, each stacked over the steps."""
-    return _scan(tx, params, stack(grads))[0]
+    return scan(tx, params, stack(grads))[0]
 
 
 def figures(tx, params=PARAMS, grads=GRADS):
     """What `geometry` reads after each step; arrays over the steps."""
-    return jax.device_get(_scan(tx, params, stack(grads))[1])
+    return jax.device_get(scan(tx, params, stack(grads))[1])
 
 
 @partial(jax.jit, static_argnums=0)
-def _scan(tx, params, grads):
+def scan(tx, params, grads):
     def step(carry, g):
         params, state = carry
         updates, state = tx.update(g, state, params)

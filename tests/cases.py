@@ -1,0 +1,78 @@
+"""Every link and optimizer of the library, and their compiled trajectories."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import pytest
+
+import spherical_optax as so
+from watched import AXES, PARAMS, random_tree, stack
+
+# A step, one with what the first leaves behind, and one more.
+GRADS = [random_tree(seed) for seed in range(1, 4)]
+
+
+class Case(NamedTuple):
+    """A factory that takes `channel_axes`, and whether its update needs the parameters."""
+
+    factory: Callable[..., optax.GradientTransformation]
+    needs_params: bool = True
+
+
+def watched_adam_srt(*, channel_axes: Any) -> optax.GradientTransformation:
+    tx = so.adam_srt(0.1, weight_decay=0.01, channel_axes=channel_axes)
+    return so.with_geometry(tx, channel_axes=channel_axes, every=2)
+
+
+CASES = {
+    "adam_g": Case(partial(so.adam_g, 0.1)),
+    "adam_s": Case(partial(so.adam_s, 0.1, weight_decay=0.01)),
+    "adam_srt": Case(partial(so.adam_srt, 0.1, weight_decay=0.01)),
+    "normalize_per_group": Case(so.normalize_per_group, needs_params=False),
+    "project_to_tangent_space": Case(so.project_to_tangent_space),
+    "reproject_to_sphere": Case(so.reproject_to_sphere),
+    "reproject_to_sphere_of_radius": Case(partial(so.reproject_to_sphere, 2.0)),
+    "scale_by_adam_g": Case(so.scale_by_adam_g),
+    "scale_by_adam_s": Case(so.scale_by_adam_s, needs_params=False),
+    "scale_by_adam_srt": Case(so.scale_by_adam_srt),
+    "scale_by_adam_srt_isometric": Case(partial(so.scale_by_adam_srt, transport="isometric")),
+    "sgd_mrt": Case(partial(so.sgd_mrt, 0.1, weight_decay=0.01)),
+    "trace_rt": Case(partial(so.trace_rt, 0.9)),
+    "with_geometry": Case(watched_adam_srt),
+}
+READY = ("adam_g", "adam_s", "adam_srt", "sgd_mrt", "with_geometry")
+# One of each state and of each way to compute: `adam_s` is made of `scale_by_adam_s`, and so on.
+APART = ("reproject_to_sphere", "scale_by_adam_g", *READY)
+LINKS = [name for name in CASES if name not in READY]
+
+every_case = pytest.mark.parametrize("name", CASES)
+cases_apart = pytest.mark.parametrize("name", APART)
+with_params = pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.needs_params])
+
+
+@cache  # so that each is compiled once for trees of the same shapes
+def make(name: str, axes: Any = AXES) -> optax.GradientTransformation:
+    return CASES[name].factory(channel_axes=axes)
+
+
+@partial(jax.jit, static_argnums=0)
+def trajectory_end(tx: optax.GradientTransformation, params: Any, grads: Any) -> Any:
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), grads)[0][0]
+
+
+def run(tx: optax.GradientTransformation, params: Any = PARAMS, grads: Any = GRADS) -> Any:
+    """The parameters after the gradients, in one compiled scan."""
+    return trajectory_end(tx, params, stack(grads))
+
+
+@cache
+def run_alone(name: str) -> Any:
+    return run(make(name))
