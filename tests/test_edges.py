@@ -11,11 +11,11 @@ import optax
 import pytest
 
 import spherical_optax as so
-from cases import GRADS, every_case, make, run, run_alone
+from cases import CASES, GRADS, make, run, run_alone, without_optax
 from watched import PARAMS
 
 
-@every_case
+@pytest.mark.parametrize("name", [name for name in CASES if name != "adamp"])  # decides by layer
 def test_what_is_not_finite_stays_in_its_group_and_shows(name):
     tx, clean = make(name), run_alone(name)
     for bad in (jnp.nan, jnp.inf):
@@ -60,7 +60,7 @@ def edge_trees(dtype):
 NARROW_AND_WIDE = pytest.mark.parametrize("dtype", ["float16", "float32"])
 
 
-@every_case
+@without_optax
 @NARROW_AND_WIDE
 def test_edges_are_neither_errors_nor_nans(name, dtype):
     start = edge_trees(dtype)

@@ -88,8 +88,9 @@ def test_parameter_count(name):
 @pytest.mark.parametrize("name", FACTS)
 def test_conv_selects_the_convolution_kernels_and_nothing_else(name):
     params = nnx.state(shapes(name), nnx.Param)
-    table = so.describe(params, so.by_path({"conv": -1}))
-    assert table.count("conv") == FACTS[name]["conv_kernels"]
+    table = so.path_labels(so.by_path({"conv": -1}))(params)
+    labels = jax.tree.leaves(table)
+    assert labels.count("spherical") == FACTS[name]["conv_kernels"]
     selected = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

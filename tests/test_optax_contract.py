@@ -19,6 +19,7 @@ from cases import (
     CASES,
     GRADS,
     LINKS,
+    WITH_RADIUS,
     cases_apart,
     every_case,
     make,
@@ -26,6 +27,7 @@ from cases import (
     run_alone,
     trajectory_end,
     with_params,
+    without_optax,
 )
 from watched import AXES, CLOSE, PARAMS, random_tree, stack
 
@@ -222,7 +224,7 @@ def test_the_state_can_be_shaped_without_computing(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, state)
     of_shapes = tx.init(jax.eval_shape(lambda: PARAMS))
     chex.assert_trees_all_equal_shapes_and_dtypes(of_shapes, state)
-    if name != "reproject_to_sphere":  # whose radius needs values
+    if name not in WITH_RADIUS:  # which needs values
         chex.assert_trees_all_equal(of_shapes, state)
 
 
@@ -264,7 +266,7 @@ def test_sharded_parameters_give_the_same_trajectory(name):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
     for leaf, of_shape in zip(*map(jax.tree.leaves, (state, tx.init(shapes))), strict=True):
-        assert of_shape.sharding == leaf.sharding or name.startswith("reproject")
+        assert of_shape.sharding == leaf.sharding or name in WITH_RADIUS
         if leaf.shape == (1, 1, 1, 8):  # a number per group is where the groups are
             spec = PartitionSpec(None, None, None, "model")
             assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
@@ -280,7 +282,7 @@ def test_sharded_parameters_give_the_same_trajectory(name):
     chex.assert_trees_all_close(jax.device_get(params), jax.device_get(run_alone(name)), **CLOSE)
 
 
-@every_case
+@without_optax
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_strict_dtype_promotion(name, dtype):
     with jax.numpy_dtype_promotion("strict"):
@@ -371,7 +373,7 @@ def test_an_unknown_transport_is_refused(name):
         getattr(so, name)(*args, channel_axes=-1, transport="rt")
 
 
-@every_case
+@without_optax
 def test_a_missing_update_leaves_its_state_alone(name):
     tx = make(name)
     _, state = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)

@@ -100,6 +100,11 @@ def map_groups(
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_hole), results)
 
 
+def check_trees(channel_axes: ChannelAxes, updates: optax.Updates, params: optax.Params) -> None:
+    """Raises `ValueError` with the path where two trees differ, before other links see them."""
+    aligned(select(updates, channel_axes), params, "the updates", "the parameters", exact=True)
+
+
 def need_params(params: optax.Params | None, link: str) -> optax.Params:
     """Returns `params`; raises `ValueError` with the remedy if it is missing."""
     if params is None:

@@ -295,9 +295,9 @@ def _check_rules(axes: ByPath, leaves: list[Leaf]) -> None:
     """Raises `ValueError` for the first rule that does nothing."""
     if [leaf.path for leaf in leaves] == [""]:
         raise ValueError(
-            "by_path: what the rules are for is no tree but one array, which has no path. "
-            "optax.inject_hyperparams calls masks like schedules, with a count, unless static_args "
-            "names their argument"
+            "by_path: no parameter path matches a rule, as this is one array and no tree; give one "
+            "array axes and not rules. (optax.inject_hyperparams calls masks like schedules, with "
+            "a count, unless static_args names their argument)"
         )
     decides = [
         [leaf for leaf in leaves if axes.first_match(leaf.path) == i]

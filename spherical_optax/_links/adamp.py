@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from spherical_optax._ground.groups import group_size, inner, norm
-from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
 from spherical_optax._links.moments import bias_correction
 from spherical_optax._links.ready import scale_by_learning_rate
@@ -38,7 +38,8 @@ def project_where_invariant(
     Place it where the direction would stand, before the learning rate. A layer is what the last of
     the axes that index groups divides into groups: with `(0, -1)` each index of axis 0 is one, with
     `-1` the leaf. The test is a guess: of few elements it finds by chance what is not there, and a
-    group without gradient passes it.
+    group without gradient passes it. It is one for all groups of a layer: with a NaN in one of them
+    none is projected.
 
     Args:
       direction: an optimizer without learning rate and sign.
@@ -77,6 +78,7 @@ def project_where_invariant(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         params = need_params(params, "project_where_invariant")
+        check_trees(channel_axes, updates, params)
         directions, state = direction.update(updates, state, params, **extra_args)
 
         def leaf(

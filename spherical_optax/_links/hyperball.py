@@ -12,7 +12,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._ground.groups import inner, nonzero, squared_norm, wide_dtype, zeros_per_group
-from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected
 from spherical_optax._links.constraints import check_radius, radius_at_init
 
@@ -193,6 +193,7 @@ def on_hyperballs(
         **extra_args: Any,
     ) -> tuple[optax.Updates, HyperballState]:
         params = need_params(params, "hyperball")
+        check_trees(channel_axes, updates, params)
         updates, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
         rates = (learning_rate, classic_learning_rate)
         eta, classic_eta = (rate(state.count) if callable(rate) else rate for rate in rates)
@@ -267,6 +268,8 @@ def _radii(leaf: Leaf, radius: Radius, zero: Zero) -> jax.Array:
             raise ValueError(f"{leaf.path}: radius={given} is not positive and finite")
         return zeros_per_group(value, leaf.groups) + given
     radii = radius_at_init(leaf)
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return radii
     if zero == "fill":
         others = jnp.sqrt(jnp.sum(radii**2) / jnp.maximum(jnp.sum(radii > 0), 1))
         radii = jnp.where(radii == 0, others.astype(radii.dtype), radii)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from spherical_optax._ground.geometry import tangent
 from spherical_optax._ground.groups import nonzero, norm, squared_norm, zeros_per_group
-from spherical_optax._ground.leaves import map_leaves, need_params
+from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, map_selected
 from spherical_optax._links.constraints import radius_at_init
 from spherical_optax._links.moments import average, bias_correction
@@ -100,6 +100,7 @@ def rotational(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RotationalState]:
         params = need_params(params, "rotational")
+        check_trees(channel_axes, updates, params)
         directions, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
         theta = angle(state.count) if callable(angle) else angle
         count = state.count + 1
