@@ -290,6 +290,38 @@ def test_adam_g_decays_classic_leaves_only():
     assert np.all(np.asarray(updates["bias"]) < -0.09)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_only_what_the_mask_marks_decays(name):
+    x, grads = random_arrays(19, 6, 4, steps=3)
+    params = {"a": jnp.asarray(x), "b": jnp.asarray(x)}
+    grads = [{"a": jnp.asarray(grad), "b": jnp.asarray(grad)} for grad in grads]
+    axes = so.by_path({"a": -1}, require_match=False) if name != "adam_g" else None
+
+    def after(weight_decay, mask=None):
+        tx = OPTIMIZERS[name](weight_decay=weight_decay, weight_decay_mask=mask, channel_axes=axes)
+        return replay(tx, params, grads, lambda update: update)[-1]
+
+    decayed, plain = after(0.1), after(0.0)
+    for leaf in params:
+        assert np.min(np.abs(decayed[leaf] - plain[leaf])) > 1e-6
+        mask = {other: other == leaf for other in params}
+        expected = plain | {leaf: decayed[leaf]}
+        for form in (mask, lambda _, mask=mask: mask):
+            chex.assert_trees_all_close(after(0.1, form), expected, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_complex_numbers_take_the_classic_optimizer(name):
+    real, imaginary = (random_arrays(seed, 6, 4, steps=3) for seed in (20, 21))
+    x, grads = (jnp.asarray(a + 1j * b) for a, b in zip(real, imaginary, strict=True))
+    classic = optax.sgd(0.02, 0.9) if name == "sgd_mrt" else optax.adam(0.05, 0.8, 0.95)
+    trajectories = [
+        np.stack(replay(tx, x, grads, lambda update: update))
+        for tx in (OPTIMIZERS[name](channel_axes=None), classic)
+    ]
+    assert_close(*trajectories)
+
+
 REBUILT = {
     "adam_s": lambda axes: optax.chain(
         optax.add_decayed_weights(0.01),
