@@ -121,20 +121,19 @@ def predicted_angle(
       Radians in the shape of the learning rate; None without decay, and where the balance depends
       on the size of the gradients (`adam`, `adams`, `adamsrt`) or there is none.
     """
-    if recipe.weight_decay == 0 or optimizer not in ("adamw", "rotational", "sgd", "sgdmrt"):
-        return None
-    import spherical_optax as so  # here, so that --help and a refusal do not wait for JAX
-
+    # The library's `equilibrium_angle` and its like, in NumPy, so that no picture starts JAX.
     match optimizer:
+        case "adamw" | "rotational":
+            share = (1 - recipe.b1) / (1 + recipe.b1)
         case "sgd":
-            angle = so.equilibrium_angle_of_sgd(
-                learning_rate, recipe.weight_decay, momentum=recipe.momentum
-            )
+            share = 1 / (1 + recipe.momentum)
         case "sgdmrt":
-            angle = so.equilibrium_angle_of_sgd_mrt(learning_rate, recipe.weight_decay)
+            share = 1.0
         case _:
-            angle = so.equilibrium_angle(learning_rate, recipe.weight_decay, b1=recipe.b1)
-    return np.asarray(angle)
+            return None
+    if recipe.weight_decay == 0:
+        return None
+    return np.sqrt(2 * np.asarray(learning_rate) * recipe.weight_decay * share)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import spherical_optax as so
 from cifar import recipes
 from plot_geometry import predicted_angle
 
@@ -61,6 +62,19 @@ def test_no_prediction_without_decay_or_with_one_that_the_gradients_scale(optimi
     assert predicted_angle(optimizer, recipe._replace(weight_decay=0.0), rates) is None
     angles = predicted_angle(optimizer, recipe, rates)
     if optimizer in ("adamw", "rotational", "sgd", "sgdmrt"):
-        np.testing.assert_allclose(angles[0] / angles[1], np.sqrt(10), rtol=1e-6)
+        np.testing.assert_allclose(angles[0] / angles[1], np.sqrt(10), rtol=1e-12)
     else:
         assert angles is None
+
+
+def test_the_predictions_are_the_librarys_angles():
+    rates = np.array([0.1, 0.01])
+    recipe = recipes.Recipe(0.1, 0.02, b1=0.8, momentum=0.7)
+    expected = {
+        "adamw": so.equilibrium_angle(rates, 0.02, b1=0.8),
+        "rotational": so.equilibrium_angle(rates, 0.02, b1=0.8),
+        "sgd": so.equilibrium_angle_of_sgd(rates, 0.02, momentum=0.7),
+        "sgdmrt": so.equilibrium_angle_of_sgd_mrt(rates, 0.02),
+    }
+    for name, angle in expected.items():
+        np.testing.assert_allclose(predicted_angle(name, recipe, rates), angle, rtol=1e-6)

@@ -373,7 +373,11 @@ def test_an_unknown_transport_is_refused(name):
         getattr(so, name)(*args, channel_axes=-1, transport="rt")
 
 
-@without_optax
+# `optax.trace` forgets what it has no update for.
+@pytest.mark.parametrize(
+    "name",
+    [n for n in CASES if n not in ("adam_h", "adamp", "hyperball_exp", "rotational", "sgdp")],
+)
 def test_a_missing_update_leaves_its_state_alone(name):
     tx = make(name)
     _, state = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
