@@ -7,7 +7,7 @@ of groups of zeros pass unchanged.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from spherical_optax._ground.geometry import great_circle, tangent, to_radius
 from spherical_optax._ground.groups import group_norm, nonzero, norm, squared_norm, zeros_per_group
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected, select
+from spherical_optax._links.ready import stateless_link
 
 
 def project_to_tangent_space(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
@@ -45,19 +46,10 @@ def project_to_tangent_space(*, channel_axes: ChannelAxes) -> optax.GradientTran
     Array([0., 1.], dtype=float32)
     """
 
-    def init_fn(params):
-        select(params, channel_axes)  # raises if it does not fit
-        return optax.EmptyState()
+    def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> jax.Array:
+        return tangent(x, u, axes)
 
-    def update_fn(updates, state, params=None):
-        def leaf(axes, u, x):
-            return (tangent(x, u, axes),)
-
-        params = need_params(params, "project_to_tangent_space")
-        (updates,) = map_leaves(leaf, channel_axes, updates, params=params)
-        return updates, state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return stateless_link(leaf, channel_axes, needs_params="project_to_tangent_space")
 
 
 class ReprojectToSphereState(NamedTuple):
@@ -210,24 +202,13 @@ def scale_by_radius(*, channel_axes: ChannelAxes) -> optax.GradientTransformatio
     Array([0., 5.], dtype=float32)
     """
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        select(params, channel_axes)  # raises if it does not fit
-        return optax.EmptyState()
+    def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> jax.Array:
+        if not axes:
+            return u
+        square = squared_norm(x, axes)
+        return u * jnp.sqrt(jnp.where(square == 0, 1, square))
 
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> tuple[jax.Array]:
-            if not axes:
-                return (u,)
-            square = squared_norm(x, axes)
-            return (u * jnp.sqrt(jnp.where(square == 0, 1, square)),)
-
-        params = need_params(params, "scale_by_radius")
-        (updates,) = map_leaves(leaf, channel_axes, updates, params=params)
-        return updates, state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return stateless_link(leaf, channel_axes, needs_params="scale_by_radius")
 
 
 def radial_brake(
@@ -266,27 +247,16 @@ def radial_brake(
         if not isinstance(share, jax.core.Tracer) and not 0 <= share <= 1:
             raise ValueError(f"{name}={share!r} is not in [0, 1]")
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        select(params, channel_axes)  # raises if it does not fit
-        return optax.EmptyState()
+    def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> jax.Array:
+        if not axes:
+            return u
+        y, before = x + u, norm(x, axes)
+        after = norm(y, axes)
+        share = jnp.where(after > before, outward, inward).astype(x.dtype)
+        target = before + share * (after - before)
+        return jnp.where(before == 0, u, to_radius(y, target, axes) - x)
 
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> tuple[jax.Array]:
-            if not axes:
-                return (u,)
-            y, before = x + u, norm(x, axes)
-            after = norm(y, axes)
-            share = jnp.where(after > before, outward, inward).astype(x.dtype)
-            target = before + share * (after - before)
-            return (jnp.where(before == 0, u, to_radius(y, target, axes) - x),)
-
-        params = need_params(params, "radial_brake")
-        (updates,) = map_leaves(leaf, channel_axes, updates, params=params)
-        return updates, state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return stateless_link(leaf, channel_axes, needs_params="radial_brake")
 
 
 def follow_great_circle(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
@@ -316,21 +286,10 @@ def follow_great_circle(*, channel_axes: ChannelAxes) -> optax.GradientTransform
     Array([0., 2.], dtype=float32)
     """
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        select(params, channel_axes)  # raises if it does not fit
-        return optax.EmptyState()
+    def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> jax.Array:
+        return great_circle(x, tangent(x, u, axes), axes) - x if axes else u
 
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> tuple[jax.Array]:
-            return (great_circle(x, tangent(x, u, axes), axes) - x if axes else u,)
-
-        params = need_params(params, "follow_great_circle")
-        (updates,) = map_leaves(leaf, channel_axes, updates, params=params)
-        return updates, state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return stateless_link(leaf, channel_axes, needs_params="follow_great_circle")
 
 
 def centralize_per_group(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
@@ -358,22 +317,10 @@ def centralize_per_group(*, channel_axes: ChannelAxes) -> optax.GradientTransfor
            [ 0.5,  0.5]], dtype=float32)
     """
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        select(params, channel_axes)  # raises if it does not fit
-        return optax.EmptyState()
+    def leaf(axes: tuple[int, ...], u: jax.Array) -> jax.Array:
+        return u - jnp.mean(u, axes, keepdims=True) if axes else u
 
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        del params
-
-        def leaf(axes: tuple[int, ...], u: jax.Array) -> tuple[jax.Array]:
-            return (u - jnp.mean(u, axes, keepdims=True) if axes else u,)
-
-        (updates,) = map_leaves(leaf, channel_axes, updates)
-        return updates, state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return stateless_link(leaf, channel_axes)
 
 
 def normalize_per_group(*, channel_axes: ChannelAxes) -> optax.GradientTransformation:
@@ -402,17 +349,7 @@ def normalize_per_group(*, channel_axes: ChannelAxes) -> optax.GradientTransform
            [0.8, 0. ]], dtype=float32)
     """
 
-    def init_fn(params):
-        select(params, channel_axes)  # raises if it does not fit
-        return optax.EmptyState()
+    def leaf(axes: tuple[int, ...], u: jax.Array) -> jax.Array:
+        return u / nonzero(norm(u, axes)) if axes else u
 
-    def update_fn(updates, state, params=None):
-        del params
-
-        def leaf(axes, u):
-            return (u / nonzero(norm(u, axes)) if axes else u,)
-
-        (updates,) = map_leaves(leaf, channel_axes, updates)
-        return updates, state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return stateless_link(leaf, channel_axes)

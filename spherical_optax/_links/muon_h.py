@@ -8,9 +8,9 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._ground.leaves import map_leaves
 from spherical_optax._ground.selection import ChannelAxes, path_labels, select
 from spherical_optax._links.hyperball import Radius, on_hyperballs
+from spherical_optax._links.ready import stateless_link
 
 
 def orthogonalize_per_group(
@@ -54,25 +54,17 @@ def orthogonalize_per_group(
                 )
         return optax.EmptyState()
 
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        del params
+    def leaf(axes: tuple[int, ...], u: jax.Array) -> Any:
+        if not axes:
+            return u
+        matrix = optax.contrib.MuonDimensionNumbers(*axes)
+        # Without momentum it has nothing to remember, and its state is made and dropped here.
+        muon = optax.contrib.scale_by_muon(
+            beta=0.0, nesterov=False, ns_steps=ns_steps, weight_dimension_numbers=matrix
+        )
+        return muon.update(u, muon.init(u))[0]
 
-        def leaf(axes: tuple[int, ...], u: jax.Array) -> tuple[Any]:
-            if not axes:
-                return (u,)
-            matrix = optax.contrib.MuonDimensionNumbers(*axes)
-            # Without momentum it has nothing to remember, and its state is made and dropped here.
-            muon = optax.contrib.scale_by_muon(
-                beta=0.0, nesterov=False, ns_steps=ns_steps, weight_dimension_numbers=matrix
-            )
-            return (muon.update(u, muon.init(u))[0],)
-
-        (updates,) = map_leaves(leaf, channel_axes, updates)
-        return updates, state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, stateless_link(leaf, channel_axes).update)
 
 
 def muon_h(

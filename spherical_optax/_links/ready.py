@@ -1,4 +1,4 @@
-"""What the ready optimizers put around their links: decay before, a learning rate behind."""
+"""Links without state, and what the ready optimizers put around theirs: decay, a learning rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax._ground.leaves import map_leaves, need_params
-from spherical_optax._ground.selection import ChannelAxes
+from spherical_optax._ground.selection import ChannelAxes, select
 
 # Which leaves decay: a tree of booleans, or a callable from the parameters to one; None: all.
 DecayMask = optax.Params | Callable[[optax.Params], optax.Params] | None
@@ -19,6 +19,27 @@ DecayMask = optax.Params | Callable[[optax.Params], optax.Params] | None
 def decay_flags(mask: DecayMask, params: Any) -> optax.Params | None:
     """The tree of a mask, for the `flags` of `map_leaves`."""
     return mask(params) if callable(mask) else mask
+
+
+def stateless_link(
+    leaf: Callable[..., jax.Array], channel_axes: ChannelAxes, *, needs_params: str | None = None
+) -> optax.GradientTransformation:
+    """A link of `leaf(axes, update)` or, where it has a name, of `leaf(axes, update, param)`."""
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        select(params, channel_axes)  # raises if it does not fit
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        params = need_params(params, needs_params) if needs_params else None
+        updates, *_ = map_leaves(
+            lambda axes, *arrays: (leaf(axes, *arrays),), channel_axes, updates, params=params
+        )
+        return updates, state
+
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def add_coupled_decay(
