@@ -173,12 +173,13 @@ def test_dtypes_are_kept_and_the_state_is_stable(name, dtype):
             )
 
 
-@pytest.mark.parametrize("name", ["adam_g", "adam_s", "adam_srt"])
-def test_mu_dtype(name):
-    tx = CASES[name].factory(channel_axes=AXES, mu_dtype=jnp.bfloat16)
-    mu = optax.tree.get(tx.init(PARAMS), "mu")
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(mu))
-    # 2^-8 relative in mu
+@pytest.mark.parametrize("name", ["adam_g", "adam_s", "adam_srt", "sgd_mrt", "trace_rt"])
+def test_the_dtype_of_the_momentum(name):
+    momentum, argument = ("mu", "mu_dtype") if "adam" in name else ("trace", "accumulator_dtype")
+    tx = CASES[name].factory(channel_axes=AXES, **{argument: jnp.bfloat16})
+    stored = optax.tree.get(tx.init(PARAMS), momentum)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(stored))
+    # 2^-8 relative in the momentum
     chex.assert_trees_all_close(run_uncompiled(tx), run_alone(name), rtol=0.05, atol=0.02)
 
 
