@@ -212,6 +212,23 @@ def test_a_step_to_the_centre_has_no_nan():
     assert all(jnp.isfinite(figure) for figure in so.geometry(state).values())
 
 
+def test_edges_of_the_groups_of_a_leaf():
+    x, g = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 500)), "float32")
+    g = so.project_to_tangent(x, g, channel_axes=-1)
+
+    def measured(s):
+        tx = watch(optax.stateless(lambda updates, params: s), channel_axes=-1)
+        return so.geometry(tx.update(g, tx.init(x), x)[1])
+
+    # A step of zero, of some groups, is not turned away from the gradient; the others are not.
+    assert measured((-g).at[:, ::2].set(0))["deformation/max"] < 1e-6
+    # The share of the tangent in |s|² is less than float32's eps, and its direction is still there.
+    sideways = 1e-5 * g / so.group_norm(g, channel_axes=-1) * so.group_norm(x, channel_axes=-1)
+    seen = measured(0.1 * x - sideways)
+    for statistic in ("min", "max"):  # rounding of s is 1e-3 of what is tangent
+        np.testing.assert_allclose(seen[f"angle/{statistic}"], 1e-5 / 1.1, rtol=1e-2)
+
+
 def test_shares_do_not_exceed_one():
     # In float32 rounding makes some cosines of parallel vectors larger than 1.
     params = jnp.asarray(np.random.default_rng(0).normal(size=(7, 500)), "float32")
