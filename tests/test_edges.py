@@ -11,11 +11,11 @@ import optax
 import pytest
 
 import spherical_optax as so
-from cases import GRADS, every_case, make, run, run_alone
+from cases import APART, DISTINCT, GRADS, distinct_cases, make, run, run_alone
 from watched import PARAMS
 
 
-@every_case
+@distinct_cases
 def test_what_is_not_finite_stays_in_its_group_and_shows(name):
     tx, clean = make(name), run_alone(name)
     for bad in (jnp.nan, jnp.inf):
@@ -57,11 +57,10 @@ def edge_trees(dtype):
 
 
 # Arithmetic is in float32 in any case, and bfloat16 has its range.
-NARROW_AND_WIDE = pytest.mark.parametrize("dtype", ["float16", "float32"])
-
-
-@every_case
-@NARROW_AND_WIDE
+@pytest.mark.parametrize(
+    "name, dtype",
+    [*((name, "float32") for name in DISTINCT), *((name, "float16") for name in APART)],
+)
 def test_edges_are_neither_errors_nor_nans(name, dtype):
     start = edge_trees(dtype)
     tx = make(name, -1)
@@ -78,7 +77,7 @@ def test_edges_are_neither_errors_nor_nans(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["adam_s", "adam_srt"])
-@NARROW_AND_WIDE
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_without_gradient_and_eps_nothing_moves(name, dtype):
     params = jax.tree.map(lambda x: x + 1, edge_trees(dtype))
     tx = getattr(so, name)(0.1, eps=0.0, channel_axes=-1)

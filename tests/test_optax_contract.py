@@ -20,6 +20,7 @@ from cases import (
     GRADS,
     LINKS,
     cases_apart,
+    distinct_cases,
     every_case,
     make,
     run,
@@ -189,7 +190,7 @@ SEEDS = [
 ]
 
 
-@every_case
+@cases_apart
 def test_seeds_can_be_vmapped(name):
     tx = make(name)
     params, *grads = SEEDS
@@ -197,7 +198,7 @@ def test_seeds_can_be_vmapped(name):
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], ends), run_alone(name), **CLOSE)
 
 
-@every_case
+@distinct_cases
 def test_buffers_can_be_donated_and_nothing_is_compiled_twice(name):
     tx = make(name)
 
@@ -227,7 +228,7 @@ def test_the_state_can_be_shaped_without_computing(name):
         chex.assert_trees_all_equal(of_shapes, state)
 
 
-@every_case
+@cases_apart
 def test_it_runs_inside_shard_map_and_scan(name):
     """Each device has parameters of its own, and the state varies with them from init on."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -309,7 +310,8 @@ def test_strict_dtype_promotion_with_dtypes_that_differ(name):
         assert state_types(after) == state_types(state)
 
 
-@cases_apart
+# One of each kind of state.
+@pytest.mark.parametrize("name", ["adam_srt", "reproject_to_sphere", "sgd_mrt", "with_geometry"])
 def test_orbax_round_trip(name, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     tx = make(name)
