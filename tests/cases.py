@@ -69,12 +69,16 @@ READY = (
     "rotational",
     "sgdp",
 )
-# One of each state and of each way to compute: `adam_s` is made of `scale_by_adam_s`, and so on.
+# What others are made of, as `adam_s` of `scale_by_adam_s`.
+PARTS = ("scale_by_adam_s", "scale_by_adam_srt", "trace_rt", "reproject_to_sphere_of_radius")
+DISTINCT = [name for name in CASES if name not in PARTS]
+# One of each state and of each way to compute.
 APART = ("reproject_to_sphere", "scale_by_adam_g", *READY)
 WITH_RADIUS = ("reproject_to_sphere", "adam_h", "hyperball_exp", "rotational")  # of init
 LINKS = [name for name in CASES if name not in READY]
 
 every_case = pytest.mark.parametrize("name", CASES)
+distinct_cases = pytest.mark.parametrize("name", DISTINCT)
 cases_apart = pytest.mark.parametrize("name", APART)
 without_optax = pytest.mark.parametrize("name", [n for n, c in CASES.items() if not c.of_optax])
 with_params = pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.needs_params])

@@ -113,6 +113,12 @@ def test_a_radius_is_positive_and_finite(radius):
         so.reproject_to_sphere(radius, channel_axes=-1)
 
 
+@pytest.mark.parametrize("radius", ["2", np.ones(1), jnp.ones((1, 4))])
+def test_a_radius_is_one_number(radius):
+    with pytest.raises(ValueError, match="radius=.* is not one number"):
+        so.reproject_to_sphere(radius, channel_axes=-1)
+
+
 def test_an_outer_step_is_a_rotation_by_atan():
     # normalise, project, scale by the radius: the angle of a step is atan(learning rate)
     tx = optax.chain(

@@ -11,11 +11,11 @@ import optax
 import pytest
 
 import spherical_optax as so
-from cases import CASES, GRADS, make, run, run_alone, without_optax
+from cases import APART, CASES, DISTINCT, GRADS, make, run, run_alone
 from watched import PARAMS
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "adamp"])  # decides by layer
+@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "adamp"])  # one test a layer
 def test_what_is_not_finite_stays_in_its_group_and_shows(name):
     tx, clean = make(name), run_alone(name)
     for bad in (jnp.nan, jnp.inf):
@@ -57,11 +57,15 @@ def edge_trees(dtype):
 
 
 # Arithmetic is in float32 in any case, and bfloat16 has its range.
-NARROW_AND_WIDE = pytest.mark.parametrize("dtype", ["float16", "float32"])
-
-
-@without_optax
-@NARROW_AND_WIDE
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        (name, dtype)
+        for dtype, names in (("float32", DISTINCT), ("float16", APART))
+        for name in names
+        if not CASES[name].of_optax
+    ],
+)
 def test_edges_are_neither_errors_nor_nans(name, dtype):
     start = edge_trees(dtype)
     tx = make(name, -1)
@@ -78,7 +82,7 @@ def test_edges_are_neither_errors_nor_nans(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["adam_s", "adam_srt"])
-@NARROW_AND_WIDE
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_without_gradient_and_eps_nothing_moves(name, dtype):
     params = jax.tree.map(lambda x: x + 1, edge_trees(dtype))
     tx = getattr(so, name)(0.1, eps=0.0, channel_axes=-1)

@@ -34,9 +34,9 @@ def walk(
             chord = jnp.linalg.norm(u - y / jnp.linalg.norm(y, axis=0), axis=0)
             return (y, state), (2 * jnp.arcsin(chord / 2), r)
 
-        first, *keys = jax.random.split(jax.random.key(0), 1 + steps)
-        x = jax.random.normal(first, shape) / 3
-        run = jax.jit(lambda *start: jax.lax.scan(step, start, jnp.stack(keys))[1])
+        keys = jax.random.split(jax.random.key(0), 1 + steps)
+        x = jax.random.normal(keys[0], shape) / 3
+        run = jax.jit(lambda *start: jax.lax.scan(step, start, keys[1:])[1])
         angles, radii = run(x, tx.init({"conv": x}))
     assert angles.dtype == "float64"
     return np.asarray(angles), np.asarray(radii)

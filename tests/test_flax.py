@@ -19,7 +19,6 @@ IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 6, 3)), jnp.flo
 LABELS = jnp.arange(8) % 2
 AXES = so.by_path({r"conv\d/kernel": -1})
 OPTIMIZERS = {
-    "adam_s": so.adam_s(0.01, weight_decay=0.01, channel_axes=AXES),
     "adam_srt": so.adam_srt(0.01, weight_decay=0.01, channel_axes=AXES),
     "adam_g": so.adam_g(0.01, weight_decay=0.01, channel_axes=AXES),
     "sgd_mrt": so.sgd_mrt(0.01, weight_decay=0.01, channel_axes=AXES),

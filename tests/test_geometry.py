@@ -131,16 +131,15 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # others are no closer to zero
-def test_values_and_gradients_are_finite_where_groups_are_zero(name, dtype):
+def test_values_and_gradients_are_finite_where_groups_are_zero(name):
     rng = np.random.default_rng(1)
     arrays = rng.normal(size=(3, 4, 8))
     for group, zeros in enumerate([(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]):
         arrays[list(zeros), :, group] = 0  # each combination of zero x, y, v; one group of none
-    arrays = jnp.asarray(arrays, dtype)
+    arrays = jnp.asarray(arrays, jnp.float32)
 
     def total(arrays):
-        return jnp.sum(FUNCTIONS[name](*arrays, channel_axes=-1).astype(jnp.float32))
+        return jnp.sum(FUNCTIONS[name](*arrays, channel_axes=-1))
 
     value, gradient = jax.value_and_grad(total)(arrays)
     assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))

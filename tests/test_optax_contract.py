@@ -21,6 +21,7 @@ from cases import (
     LINKS,
     WITH_RADIUS,
     cases_apart,
+    distinct_cases,
     every_case,
     make,
     run,
@@ -175,12 +176,13 @@ def test_dtypes_are_kept_and_the_state_is_stable(name, dtype):
             )
 
 
-@pytest.mark.parametrize("name", ["adam_g", "adam_s", "adam_srt"])
-def test_mu_dtype(name):
-    tx = CASES[name].factory(channel_axes=AXES, mu_dtype=jnp.bfloat16)
-    mu = optax.tree.get(tx.init(PARAMS), "mu")
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(mu))
-    # 2^-8 relative in mu
+@pytest.mark.parametrize("name", ["adam_g", "adam_s", "adam_srt", "sgd_mrt", "trace_rt"])
+def test_the_dtype_of_the_momentum(name):
+    momentum, argument = ("mu", "mu_dtype") if "adam" in name else ("trace", "accumulator_dtype")
+    tx = CASES[name].factory(channel_axes=AXES, **{argument: jnp.bfloat16})
+    stored = optax.tree.get(tx.init(PARAMS), momentum)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(stored))
+    # 2^-8 relative in the momentum
     chex.assert_trees_all_close(run_uncompiled(tx), run_alone(name), rtol=0.05, atol=0.02)
 
 
@@ -190,7 +192,7 @@ SEEDS = [
 ]
 
 
-@every_case
+@cases_apart
 def test_seeds_can_be_vmapped(name):
     tx = make(name)
     params, *grads = SEEDS
@@ -198,7 +200,7 @@ def test_seeds_can_be_vmapped(name):
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], ends), run_alone(name), **CLOSE)
 
 
-@every_case
+@distinct_cases
 def test_buffers_can_be_donated_and_nothing_is_compiled_twice(name):
     tx = make(name)
 
@@ -228,7 +230,7 @@ def test_the_state_can_be_shaped_without_computing(name):
         chex.assert_trees_all_equal(of_shapes, state)
 
 
-@every_case
+@cases_apart
 def test_it_runs_inside_shard_map_and_scan(name):
     """Each device has parameters of its own, and the state varies with them from init on."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -310,7 +312,8 @@ def test_strict_dtype_promotion_with_dtypes_that_differ(name):
         assert state_types(after) == state_types(state)
 
 
-@cases_apart
+# One of each kind of state.
+@pytest.mark.parametrize("name", ["adam_srt", "reproject_to_sphere", "sgd_mrt", "with_geometry"])
 def test_orbax_round_trip(name, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     tx = make(name)

@@ -191,6 +191,10 @@ def test_a_rule_that_does_nothing_is_refused(rules, message):
     so.describe(PARAMS, so.by_path(rules, require_match=False))
 
 
+def test_a_tree_without_leaves_has_no_rule_to_match():
+    assert so.path_mask(AXES)({"layers": {}}) == {"layers": {}}
+
+
 def test_a_rule_may_say_none_and_decide_on_classic_leaves_too():
     so.describe(PARAMS, so.by_path({"bn": None, "layers": -1}))
     so.describe(PARAMS, so.by_path({"conv|bn": -1}))

@@ -117,15 +117,24 @@ def test_the_momentum_is_measured_where_there_is_exactly_one(tx, expected):
 
 
 def test_a_parameter_may_be_called_like_a_momentum():
-    params = {"mu": PARAMS["conv"], "trace": PARAMS["conv"], "nu": {"mu": PARAMS["conv"]}}
+    params = {
+        "mu": PARAMS["conv"],
+        "trace": PARAMS["conv"],
+        "nu": {"mu": {"trace": PARAMS["conv"]}},
+    }
     tx = so.with_geometry(optax.sgd(0.1), channel_axes=-1)
     assert not any(MOMENTUM in name for name in names_of(tx, params))
     tx = so.with_geometry(optax.sgd(0.1, 0.9), channel_axes=-1)
-    grads = jax.tree.map(lambda x, k: x + k, params, {"mu": 1.0, "trace": 2.0, "nu": {"mu": 3.0}})
+    shifts = {"mu": 1.0, "trace": 2.0, "nu": {"mu": {"trace": 3.0}}}
+    grads = jax.tree.map(lambda x, shift: x + shift, params, shifts)
     figures = so.geometry(tx.update(grads, tx.init(params), params)[1])
     # The first momentum is the gradient.
     expected = so.radial_fraction(params, grads, channel_axes=-1)
-    pairs = {"mu": expected["mu"], "trace": expected["trace"], "nu/mu": expected["nu"]["mu"]}
+    pairs = {
+        "mu": expected["mu"],
+        "trace": expected["trace"],
+        "nu/mu/trace": expected["nu"]["mu"]["trace"],
+    }
     for path, values in pairs.items():
         np.testing.assert_allclose(figures[f"{path}/{MOMENTUM}/max"], np.max(values), rtol=1e-6)
 

@@ -170,7 +170,9 @@ def great_circle(x: jax.Array, v: jax.Array, axes: tuple[int, ...]) -> jax.Array
     if not axes:
         return x + v
     t = norm(v, axes) / nonzero(norm(x, axes))
-    return jnp.cos(t) * x + jnp.sinc(t / jnp.pi) * v
+    # Not jnp.sinc, which jax 0.12 cannot trace inside shard_map.
+    sinc = jnp.where(t == 0, 1, jnp.sin(t) / jnp.where(t == 0, 1, t))
+    return jnp.cos(t) * x + sinc * v
 
 
 def parallel_transport(
