@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._ground.groups import group_size, inner, norm
+from spherical_optax._ground.groups import group_size, inner
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
 from spherical_optax._links.moments import bias_correction
@@ -84,28 +84,36 @@ def project_where_invariant(
         def leaf(
             axes: tuple[int, ...], u: jax.Array, g: jax.Array, x: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
+            share = jnp.zeros((), x.dtype)
             rho = jnp.ones((), x.dtype)
             if axes:
-                whole = _layer(axes, x.shape)
-                by_group, group_passes = _projected(u, g, x, axes, whole)
-                by_layer, layer_passes = _projected(u, g, x, whole, whole)
-                u = jnp.where(group_passes, by_group, jnp.where(layer_passes, by_layer, u))
-                rho = jnp.where(group_passes | layer_passes, jnp.asarray(wd_ratio, x.dtype), rho)
-            return u + jnp.asarray(weight_decay, x.dtype) * rho * x, g
+                # The sums of a layer are those of its groups together.
+                of_groups = [inner(v, w, axes) for v, w in ((g, x), (u, x), (g, g), (x, x))]
+                layer = _layer(axes, x.shape)
+                of_layers = [jnp.sum(total, layer, keepdims=True) for total in of_groups]
+                by_group, groups_pass = _projection(*of_groups, group_size(x.shape, axes), layer)
+                by_layer, layer_passes = _projection(*of_layers, group_size(x.shape, layer), layer)
+                share = jnp.where(groups_pass, by_group, jnp.where(layer_passes, by_layer, 0))
+                rho = jnp.where(groups_pass | layer_passes, jnp.asarray(wd_ratio, x.dtype), rho)
+            return u + (jnp.asarray(weight_decay, x.dtype) * rho - share) * x, g
 
         updates, _ = map_leaves(leaf, channel_axes, directions, updates, params=params)
         return updates, state
 
-    def _projected(
-        u: jax.Array, g: jax.Array, x: jax.Array, axes: tuple[int, ...], whole: tuple[int, ...]
+    def _projection(
+        gx: jax.Array,
+        ux: jax.Array,
+        gg: jax.Array,
+        xx: jax.Array,
+        size: int,
+        layer: tuple[int, ...],
     ) -> tuple[jax.Array, jax.Array]:
-        """The projected direction, and whether each layer passes the test."""
-        x_norm = norm(x, axes)
-        floor = jnp.asarray(eps, x.dtype)
-        cosine = jnp.abs(inner(g, x, axes)) / jnp.maximum(norm(g, axes) * x_norm, floor)
-        largest = jnp.max(cosine, axis=whole, keepdims=True)
-        passes = largest < delta / math.sqrt(group_size(x.shape, axes))
-        return u - inner(u, x, axes) / (x_norm + floor) ** 2 * x, passes
+        """What x is multiplied by to be taken from u, and whether each layer passes the test."""
+        floor = jnp.asarray(eps, xx.dtype)
+        x_norm = jnp.sqrt(xx)
+        cosine = jnp.abs(gx) / jnp.maximum(jnp.sqrt(gg) * x_norm, floor)
+        passes = jnp.max(cosine, axis=layer, keepdims=True) < delta / math.sqrt(size)
+        return ux / (x_norm + floor) ** 2, passes
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

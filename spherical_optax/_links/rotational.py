@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._ground.geometry import tangent
-from spherical_optax._ground.groups import nonzero, norm, squared_norm, zeros_per_group
+from spherical_optax._ground.groups import inner, nonzero, zeros_per_group
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, map_selected
 from spherical_optax._links.constraints import radius_at_init
@@ -114,14 +113,18 @@ def rotational(
                 return -eta * u, r, s
             if zero_mean:
                 u = u - jnp.mean(u, axes, keepdims=True)
-            u = tangent(x, u, axes)
-            s = average(squared_norm(u, axes), s, update_norm_decay)
+            # One round of sums: |P_x(u)|² and |y|² by Pythagoras.
+            xx, xu, uu = (inner(v, w, axes) for v, w in ((x, x), (x, u), (u, u)))
+            share = xu / nonzero(xx)
+            vv = jnp.maximum(uu - share * xu, 0)
+            s = average(vv, s, update_norm_decay)
             length = jnp.sqrt(s / correction.astype(s.dtype)) + jnp.asarray(eps, s.dtype)
-            y = x - eta * r / nonzero(length) * u
             # A group of zeros has no radius, and takes the classic step.
             free = r == 0
-            scale = jnp.where(free, 1, r / nonzero(norm(y, axes)))
-            return jnp.where(free, -eta * u, scale * y - x), r, s
+            step = jnp.where(free, eta, eta * r / nonzero(length))
+            scale = jnp.where(free, 1, r / nonzero(jnp.sqrt(xx + step**2 * vv)))
+            of_x = scale * (1 + step * share) - 1
+            return of_x * x - scale * step * u, r, s
 
         updates, radii, square = map_leaves(
             leaf, channel_axes, directions, state.radius, state.square, params=params
