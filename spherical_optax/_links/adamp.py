@@ -91,8 +91,8 @@ def project_where_invariant(
                 of_groups = [inner(v, w, axes) for v, w in ((g, x), (u, x), (g, g), (x, x))]
                 layer = _layer(axes, x.shape)
                 of_layers = [jnp.sum(total, layer, keepdims=True) for total in of_groups]
-                by_group, groups_pass = _projection(*of_groups, group_size(x.shape, axes), layer)
-                by_layer, layer_passes = _projection(*of_layers, group_size(x.shape, layer), layer)
+                by_group, groups_pass = _projection(of_groups, group_size(x.shape, axes), layer)
+                by_layer, layer_passes = _projection(of_layers, group_size(x.shape, layer), layer)
                 share = jnp.where(groups_pass, by_group, jnp.where(layer_passes, by_layer, 0))
                 rho = jnp.where(groups_pass | layer_passes, jnp.asarray(wd_ratio, x.dtype), rho)
             return u + (jnp.asarray(weight_decay, x.dtype) * rho - share) * x, g
@@ -101,14 +101,10 @@ def project_where_invariant(
         return updates, state
 
     def _projection(
-        gx: jax.Array,
-        ux: jax.Array,
-        gg: jax.Array,
-        xx: jax.Array,
-        size: int,
-        layer: tuple[int, ...],
+        sums: list[jax.Array], size: int, layer: tuple[int, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """What x is multiplied by to be taken from u, and whether each layer passes the test."""
+        gx, ux, gg, xx = sums
         floor = jnp.asarray(eps, xx.dtype)
         x_norm = jnp.sqrt(xx)
         cosine = jnp.abs(gx) / jnp.maximum(jnp.sqrt(gg) * x_norm, floor)
