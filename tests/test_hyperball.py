@@ -1,5 +1,8 @@
 """Hyperball, its radii and its edges; trajectories of the peers are in `test_relatives.py`."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,12 +57,21 @@ def test_normalising_travels_at_most_the_arc_sine_of_the_learning_rate():
 @pytest.mark.parametrize("dtype, d, tolerance", [
     ("float32", 9, 1e-6), ("bfloat16", 576, 1e-3), ("bfloat16", 9, 5e-3)
 ])  # fmt: skip
-@pytest.mark.parametrize("name", ["hyperball", "rotational"])
-def test_the_radius_stays_over_10000_steps(name, dtype, d, tolerance):
+@pytest.mark.parametrize(
+    "factory",
+    [
+        partial(so.hyperball, optax.identity()),
+        so.adam_h,
+        partial(so.muon_h, ns_steps=1),
+        partial(so.rotational, optax.identity()),
+    ],
+    ids=["hyperball", "adam_h", "muon_h", "rotational"],
+)
+def test_the_radius_stays_over_10000_steps(factory, dtype, d, tolerance):
     """As it is stored; of narrow parameters their own rounding is left."""
-    x = jax.random.normal(jax.random.key(0), (d, 4)).astype(dtype)
-    factory = {"hyperball": so.hyperball, "rotational": so.rotational}[name]
-    tx = factory(optax.identity(), 0.01, channel_axes=-1)
+    side = math.isqrt(d)
+    x = jax.random.normal(jax.random.key(0), (side, side, 2)).astype(dtype)
+    tx = factory(0.01, channel_axes=-1)
 
     @jax.jit
     def walk(x):
