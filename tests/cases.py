@@ -13,6 +13,8 @@ from watched import AXES, PARAMS, random_tree, stack
 
 # A step, one with what the first leaves behind, and one more.
 GRADS = [random_tree(seed) for seed in range(1, 4)]
+# For Muon, whose groups are matrices: 24 of 3×4, and the blocks.
+MATRICES = so.by_path({"conv": (0, -1), "stack": so.blocks(-1, 4, channel_axes=0)})
 
 
 class Case(NamedTuple):
@@ -20,9 +22,10 @@ class Case(NamedTuple):
 
     factory: Callable[..., optax.GradientTransformation]
     needs_params: bool = True
-    # Optax's Adam is inside, which refuses strict promotion and missing updates, and has NaNs in
-    # float16, where its eps is 0.
+    # Optax's Adam or Muon is inside, which refuses strict promotion and missing updates, and has
+    # NaNs in float16, where its eps is 0.
     of_optax: bool = False
+    axes: Any = AXES
 
 
 def watched_adam_srt(*, channel_axes: Any) -> optax.GradientTransformation:
@@ -56,6 +59,13 @@ CASES = {
     "rotational": Case(partial(so.rotational, optax.trace(0.9), 0.1)),
     "scale_by_radius": Case(so.scale_by_radius),
     "sgdp": Case(partial(so.sgdp, 0.1, weight_decay=0.01)),
+    "muon_h": Case(partial(so.muon_h, 0.1, ns_steps=1), of_optax=True, axes=MATRICES),
+    "orthogonalize_per_group": Case(
+        partial(so.orthogonalize_per_group, ns_steps=1),
+        needs_params=False,
+        of_optax=True,
+        axes=MATRICES,
+    ),
 }
 READY = (
     "adam_g",
@@ -68,13 +78,14 @@ READY = (
     "hyperball_exp",
     "rotational",
     "sgdp",
+    "muon_h",
 )
 # What others are made of, as `adam_s` of `scale_by_adam_s`.
 PARTS = ("scale_by_adam_s", "scale_by_adam_srt", "trace_rt", "reproject_to_sphere_of_radius")
 DISTINCT = [name for name in CASES if name not in PARTS]
 # One of each state and of each way to compute.
 APART = ("reproject_to_sphere", "scale_by_adam_g", *READY)
-WITH_RADIUS = ("reproject_to_sphere", "adam_h", "hyperball_exp", "rotational")  # of init
+WITH_RADIUS = ("reproject_to_sphere", "adam_h", "hyperball_exp", "rotational", "muon_h")  # of init
 LINKS = [name for name in CASES if name not in READY]
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -85,8 +96,9 @@ with_params = pytest.mark.parametrize("name", [n for n, case in CASES.items() if
 
 
 @cache  # so that each is compiled once for trees of the same shapes
-def make(name: str, axes: Any = AXES) -> optax.GradientTransformation:
-    return CASES[name].factory(channel_axes=axes)
+def make(name: str, axes: Any = None) -> optax.GradientTransformation:
+    case = CASES[name]
+    return case.factory(channel_axes=case.axes if axes is None else axes)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -28,3 +28,10 @@ def random_arrays(shape, count, dtype="float64"):
 
 def as_rows(x, axes):
     return rows(np.asarray(x, np.float64), axes)
+
+
+def from_rows(x, shape, axes):
+    """The array of this shape whose groups are these rows."""
+    out = np.empty(x.size)
+    out[rows(np.arange(x.size).reshape(shape), axes).ravel()] = x.ravel()
+    return jnp.asarray(out.reshape(shape))

@@ -1,6 +1,5 @@
 """AdamP, SGDP, and the links beside them; trajectories of the peers are in `test_relatives.py`."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,27 +10,6 @@ from layouts import random_arrays
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 FACTORIES = [so.adamp, so.sgdp]
-
-
-@pytest.mark.parametrize("factory", FACTORIES)
-def test_stacked_layers_are_as_layers_alone(factory):
-    """Some of the layers pass the test of channels, some that of layers, some none."""
-    with jax.enable_x64(True):
-        x, g, m = random_arrays((3, 6, 5), 3)
-        tangent = [so.project_to_tangent(x, g, channel_axes=axes) for axes in ((0, -1), 0)]
-        g = jnp.stack([g[0], tangent[0][1], tangent[1][2]])
-        stacked = factory(0.1, weight_decay=0.3, channel_axes=(0, -1))
-        alone = factory(0.1, weight_decay=0.3, channel_axes=-1)
-        _, state = stacked.update(m, stacked.init(x), x)
-        together, _ = stacked.update(g, state, x)
-        for i in range(3):
-            _, state = alone.update(m[i], alone.init(x[i]), x[i])
-            updates, _ = alone.update(g[i], state, x[i])
-            np.testing.assert_allclose(together[i], updates, rtol=1e-12)
-        fractions = so.radial_fraction(x, together + 0.1 * 0.03 * x, channel_axes=(0, -1))
-        if factory is so.adamp:
-            # eps = 1e-8 stands beside norms of about 1.
-            assert fractions[0].max() > 0.1 and fractions[1].max() < 1e-7
 
 
 @pytest.mark.parametrize("factory", FACTORIES)

@@ -341,6 +341,20 @@ REBUILT = {
         so.trace_rt(0.8, dampening=0.2, channel_axes=axes),
         optax.scale_by_learning_rate(0.05),
     ),
+    "adamp": lambda axes: optax.chain(
+        so.project_where_invariant(
+            optax.scale_by_adam(0.8, 0.95, 1e-6), weight_decay=0.01, eps=1e-6, channel_axes=axes
+        ),
+        optax.scale_by_learning_rate(0.05),
+    ),
+    "sgdp": lambda axes: optax.chain(
+        so.project_where_invariant(
+            optax.chain(optax.scale(0.8), optax.trace(0.8)),
+            weight_decay=0.01 / (1 - 0.8),
+            channel_axes=axes,
+        ),
+        optax.scale_by_learning_rate(0.05),
+    ),
 }
 
 
@@ -348,7 +362,7 @@ REBUILT = {
 def test_each_optimizer_is_a_chain_of_public_links(name):
     x, grads = random_arrays(15, 3, 3, 2, 4, steps=5)
     axes = so.by_path({"conv": -1})
-    extra = {"dampening": 0.2} if name == "sgd_mrt" else {"b2": 0.95, "eps": 1e-6}
+    extra = {"dampening": 0.2} if "sgd" in name else {"b2": 0.95, "eps": 1e-6}
     ready = getattr(so, name)(0.05, 0.8, weight_decay=0.01, channel_axes=axes, **extra)
     params = {"conv": jnp.asarray(x), "head": jnp.asarray(x[0, 0])}
     grads = [{"conv": jnp.asarray(grad), "head": jnp.asarray(grad[0, 0])} for grad in grads]

@@ -8,6 +8,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ import optax
 import pytest
 
 import spherical_optax as so
+from replay import replay as points
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -242,6 +244,67 @@ def test_hyperball_is_the_chain_of_its_links():
         "grug_adamh_b2_95", partial(factory, channel_axes=BY_LAYER_AND_VECTORS), leaves
     )
     assert max(differences.values()) < 1e-9
+
+
+def by_links(direction, axes):
+    """On hyperballs link by link, and AdamW elsewhere."""
+    parts = {
+        "spherical": RECIPES["hyperball_by_links"](direction, 0.02, channel_axes=axes),
+        "classic": optax.adamw(0.1, **ADAM_95, weight_decay=0.3),
+    }
+    return optax.partition(parts, so.path_labels(axes))
+
+
+def rotational_by_links(axes):
+    # AdamG without transport and eps makes R u / sqrt(s) of a tangent u.
+    parts = {
+        "spherical": optax.chain(
+            optax.trace(0.9),
+            so.project_to_tangent_space(channel_axes=axes),
+            so.scale_by_adam_g(0.0, 0.8, 0.0, channel_axes=axes, transport="none"),
+            optax.scale_by_learning_rate(0.02),
+            so.reproject_to_sphere(channel_axes=axes),
+        ),
+        "classic": optax.sgd(0.02, 0.9),
+    }
+    return optax.partition(parts, so.path_labels(axes))
+
+
+OF_CLASSIC = {"adam_learning_rate": 0.1, "adam_weight_decay": 0.3}
+REBUILT = {
+    "adam_h": (
+        lambda axes: so.adam_h(0.02, channel_axes=axes, **OF_CLASSIC),
+        lambda axes: by_links(optax.scale_by_adam(**ADAM_95), axes),
+    ),
+    "muon_h": (
+        lambda axes: so.muon_h(0.02, channel_axes=axes, **OF_CLASSIC),
+        lambda axes: by_links(
+            optax.chain(
+                optax.trace(0.95, nesterov=True), so.orthogonalize_per_group(channel_axes=axes)
+            ),
+            axes,
+        ),
+    ),
+    "rotational": (
+        lambda axes: so.rotational(
+            optax.trace(0.9), 0.02, update_norm_decay=0.8, eps=0.0, channel_axes=axes
+        ),
+        rotational_by_links,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_ready_optimizers_are_chains_of_public_links(name):
+    rng = np.random.default_rng(0)
+    params, *grads = (
+        {"w": jnp.asarray(rng.normal(size=(3, 4, 6))), "b": jnp.asarray(rng.normal(size=6))}
+        for _ in range(6)
+    )
+    axes = so.by_path({"w": 0})
+    ready, rebuilt = (points(make(axes), params, grads) for make in REBUILT[name])
+    # Sums in another order, which Muon's iteration stretches where singular values are small.
+    chex.assert_trees_all_close(ready, rebuilt, rtol=1e-11, atol=1e-11)
 
 
 def test_layca_turns_by_the_learning_rate():
