@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Embed(
             size.vocabulary,
             size.width,
-            embedding_init=nnx.initializers.normal(0.02),
+            embedding_init=nnx.initializers.normal(1.0),
             dtype=dtype,
             rngs=rngs,
         )
