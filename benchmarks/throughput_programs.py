@@ -17,9 +17,10 @@ from flax import nnx
 
 import spherical_optax as so
 import timing
-from cifar import data, models, programs, recipes, training
 from flops import forward_flops
+from images import data, models, programs, recipes
 from throughput_report import WATCHED
+from training import loop
 
 CLASSES = 10
 EPOCH_IMAGES = 50_000  # CIFAR's: 47,500 to train on and 2,500 for validation
@@ -55,11 +56,11 @@ def with_validation(images: int) -> int:
 
 
 class _Job(NamedTuple):
-    """What `training.fit` takes."""
+    """What `loop.fit` takes."""
 
     trainer: programs.Trainer
     seeds: programs.Seeds
-    run: training.Run
+    run: loop.Run
     schedule: optax.Schedule
 
 
@@ -80,7 +81,7 @@ def _prepare(cell: Cell, optimizer: str, images: data.DataSet, epochs: int) -> _
         return make(len(images.classes), dtype=cell.precision, rngs=nnx.Rngs(seed))
 
     mesh = programs.make_mesh(jax.devices()[:1])
-    graphdef, seeds, run = training.start_run(make_model, tx, range(cell.seeds), total, mesh)
+    graphdef, seeds, run = loop.start_run(make_model, tx, range(cell.seeds), total, mesh)
     trainer = programs.compile_trainer(
         graphdef, tx, images, seeds, run.state, batch_size=cell.batch_size, mesh=mesh
     )
@@ -246,10 +247,8 @@ def _epoch(job: _Job) -> Program:
     return train
 
 
-def _next_epoch(job: _Job, run: training.Run) -> training.Run:
-    return training.fit(
-        job.trainer, job.seeds, run, epochs=run.progress.epoch, schedule=job.schedule
-    )
+def _next_epoch(job: _Job, run: loop.Run) -> loop.Run:
+    return loop.fit(job.trainer, job.seeds, run, epochs=run.progress.epoch, schedule=job.schedule)
 
 
 def measure_accuracy(

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar import recipes
-from cifar.command import make_parser, number, positive
-from cifar.signals import Stopped, StopSignals, stop_signals
+from images import recipes
+from training.command import make_parser, number, positive
+from training.signals import Stopped, StopSignals, stop_signals
 
 EXAMPLES = """\
 examples:
@@ -79,7 +79,8 @@ def _how_to_go_on(output: Path | None) -> str:
 
 def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     # Imported here, so that --help and a refusal do not wait for JAX.
-    from cifar import data, processes, runs
+    from images import data
+    from training import processes, runs
 
     try:
         if args.coordinator:
@@ -96,7 +97,8 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     from flax import nnx
 
     import spherical_optax as so
-    from cifar import data, models, processes, programs, report, runs
+    from images import data, models, programs
+    from training import processes, records, runs
 
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
     groups = _groups(args)
@@ -139,7 +141,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         milestones=milestones,
         steps_per_epoch=steps,
         mesh=programs.make_mesh(jax.devices()),
-        git_revision=report.find_git_revision(),
+        git_revision=records.find_git_revision(),
         signals=signals,
     )
     if not exact:

@@ -14,9 +14,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import train_cifar
-from cifar import data, models, report, runs
 from ends import assert_same_end, figures, last_arrays
+from images import data, models
 from tiny import Tiny, compile_once, make_data, use_tiny
+from training import records, runs
 
 COMMAND = Path(__file__).with_name("tiny_command.py")
 SAYS = runs.say
@@ -27,7 +28,7 @@ def tiny(compiled_quickly):
     """Trains the tiny network on tiny images, on one device, and draws nothing."""
     with pytest.MonkeyPatch.context() as patch:
         use_tiny(patch, make_data())
-        patch.setattr(report, "draw_curves", lambda path, *_, **__: path.write_bytes(b"picture"))
+        patch.setattr(records, "draw_curves", lambda path, *_, **__: path.write_bytes(b"picture"))
         compile_once(patch)
         yield
 

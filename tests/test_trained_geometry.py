@@ -10,8 +10,9 @@ from flax import nnx
 
 import spherical_optax as so
 import train_cifar
-from cifar import recipes, report, training
+from images import recipes
 from tiny import Tiny, make_data, prepare, use_tiny
+from training import loop, records
 
 SCHEDULE = optax.constant_schedule(0.1)
 AXES = recipes.spheres()
@@ -40,7 +41,7 @@ def test_an_epoch_has_the_figures_of_all_its_steps(driver):
     assert len(steps) == trainer.steps == 5
 
     epochs = []
-    training.fit(trainer, seeds, run, epochs=2, schedule=SCHEDULE, on_epoch=epochs.append)
+    loop.fit(trainer, seeds, run, epochs=2, schedule=SCHEDULE, on_epoch=epochs.append)
     for seed in range(2):
         found = epochs[0].progress.epoch_geometry[seed]
         assert list(found) == list(trainer.figures) and len(found) == 6 * 3
@@ -55,9 +56,9 @@ def test_the_steps_before_a_stop_within_an_epoch_are_counted():
     tx = so.with_geometry(optax.sgd(SCHEDULE), channel_axes=AXES)
     trainer, seeds, run = prepare(tx, make_data(), batch_size=5)
     copy = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, run)
-    whole = training.fit(trainer, seeds, copy, epochs=1, schedule=SCHEDULE)
+    whole = loop.fit(trainer, seeds, copy, epochs=1, schedule=SCHEDULE)
     asked = []
-    cut = training.fit(
+    cut = loop.fit(
         trainer,
         seeds,
         run,
@@ -67,17 +68,17 @@ def test_the_steps_before_a_stop_within_an_epoch_are_counted():
     )
     assert cut.progress.step == 3
     saved = json.loads(json.dumps(cut.progress._asdict()))  # as in a checkpoint
-    cut = cut._replace(progress=training.Progress(**saved))
-    end = training.fit(trainer, seeds, cut, epochs=1, schedule=SCHEDULE)
+    cut = cut._replace(progress=loop.Progress(**saved))
+    end = loop.fit(trainer, seeds, cut, epochs=1, schedule=SCHEDULE)
     assert end.progress.epoch_geometry == whole.progress.epoch_geometry
 
 
 def test_what_is_lost_of_a_file_stays_empty(tmp_path):
     path = tmp_path / "geometry.jsonl"
     path.write_text('{"epoch": 1, "a": 1.5}\n{"epo\n[3]\n{"epoch": 4, "a": 2.5}\n{"epoch": 5}')
-    lines = report.read_lines(path, 4)
+    lines = records.read_lines(path, 4)
     assert lines == [{"epoch": 1, "a": 1.5}, {"epoch": 2}, {"epoch": 3}, {"epoch": 4, "a": 2.5}]
-    assert report.read_lines(tmp_path / "none", 2) == [{"epoch": 1}, {"epoch": 2}]
+    assert records.read_lines(tmp_path / "none", 2) == [{"epoch": 1}, {"epoch": 2}]
 
 
 @pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)

@@ -13,8 +13,8 @@ from PIL import Image
 import throughput_programs
 import throughput_report
 import training_throughput
-from cifar import data, models, programs, recipes
 from flops import forward_flops
+from images import data, models, programs, recipes
 from throughput_lines import main, step_line
 from tiny import Tiny, compile_once
 

@@ -9,8 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from cifar import data, models, programs, training
-from cifar.data import DataSet, Split
+from images import data, models, programs
+from images.data import DataSet, Split
+from training import loop
 
 
 class Tiny(nnx.Module):
@@ -56,9 +57,9 @@ def make_tiny(seed: int) -> Tiny:
 
 
 def start(tx, images, *, seeds=(0,), make_model=make_tiny, **_) -> tuple:
-    """What `training.fit` takes, but for the trainer."""
+    """What `loop.fit` takes, but for the trainer."""
     mesh = programs.make_mesh(jax.devices()[:1])
-    return training.start_run(make_model, tx, seeds, len(images.train.labels), mesh)[1:]
+    return loop.start_run(make_model, tx, seeds, len(images.train.labels), mesh)[1:]
 
 
 def prepare(
@@ -70,11 +71,11 @@ def prepare(
     seeds: tuple[int, ...] = (0,),
     driver: str | None = None,
     devices: int = 1,
-) -> tuple[programs.Trainer, programs.Seeds, training.Run]:
-    """What `training.fit` takes."""
+) -> tuple[programs.Trainer, programs.Seeds, loop.Run]:
+    """What `loop.fit` takes."""
     mesh = programs.make_mesh(jax.devices()[:devices])
     total = len(images.train.labels)
-    graphdef, of_seeds, run = training.start_run(make_model, tx, seeds, total, mesh)
+    graphdef, of_seeds, run = loop.start_run(make_model, tx, seeds, total, mesh)
     trainer = programs.compile_trainer(
         graphdef, tx, images, of_seeds, run.state, batch_size=batch_size, mesh=mesh, driver=driver
     )

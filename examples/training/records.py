@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tensorboardX import SummaryWriter
 
-from cifar.files import replace_file
-from cifar.training import Metrics, Result
+from training.files import replace_file
+from training.loop import Metrics, Result
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "spherical_optax")
 

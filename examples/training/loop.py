@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cifar.data import validation_split
-from cifar.programs import Batch, Network, Seeds, Trainer, TrainState, split_model
+from images.data import validation_split
+from images.programs import Batch, Network, Seeds, Trainer, TrainState, split_model
 
 
 class Metrics(NamedTuple):

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cifar.command import make_parser
-from cifar.files import replace_file
+from training.command import make_parser
+from training.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,9 +10,9 @@ from typing import IO, Any
 import numpy as np
 from tqdm import tqdm
 
-from cifar import training
-from cifar.processes import leads
-from cifar.programs import Seeds
+from images.programs import Seeds
+from training import loop
+from training.processes import leads
 
 
 def say(text: str, *, file: IO[str] | None = None) -> None:
@@ -27,9 +27,9 @@ def seed_name(arguments: dict[str, Any], seeds: Sequence[int]) -> str:
     return f"seed {seeds[0]}: " if len(seeds) == 1 < arguments["seeds"] else ""
 
 
-def epoch_line(latest: Sequence[training.Metrics], epochs: int) -> str:
+def epoch_line(latest: Sequence[loop.Metrics], epochs: int) -> str:
     """An epoch in words, the mean of several seeds."""
-    m = training.Metrics(*np.mean(latest, axis=0).tolist())
+    m = loop.Metrics(*np.mean(latest, axis=0).tolist())
     seeds = f" (means of {len(latest)} seeds)" if len(latest) > 1 else ""
     return (
         f"epoch {m.epoch:.0f}/{epochs}: train {m.train_accuracy:.2%} (loss {m.train_loss:.4f}), "
@@ -41,13 +41,13 @@ def epoch_line(latest: Sequence[training.Metrics], epochs: int) -> str:
 @contextmanager
 def progress_bar(
     arguments: dict[str, Any], of_seeds: Seeds, name: str
-) -> Generator[Callable[[training.Progress], None], None, None]:
+) -> Generator[Callable[[loop.Progress], None], None, None]:
     """A bar over the images of an epoch; gives the function that shows where a run stands."""
     seeds, images = of_seeds.train.shape
     hidden = None if leads() else True  # None: hidden where stderr is not a terminal
     with tqdm(total=images, desc="compiling", unit="img", leave=False, disable=hidden) as bar:
 
-        def show(progress: training.Progress) -> None:
+        def show(progress: loop.Progress) -> None:
             seen = min(images, progress.step * arguments["batch_size"])
             if seen <= bar.n:
                 bar.reset()

@@ -21,11 +21,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from cifar import checkpoints, programs, report, training
-from cifar.data import DataSet
-from cifar.display import epoch_line, progress_bar, say, seed_name
-from cifar.processes import leads, make_stop
-from cifar.signals import Stopped, StopSignals
+from images import programs
+from images.data import DataSet
+from training import checkpoints, loop, records
+from training.display import epoch_line, progress_bar, say, seed_name
+from training.processes import leads, make_stop
+from training.signals import Stopped, StopSignals
 
 ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
 GEOMETRY = "geometry.jsonl"
@@ -105,7 +106,7 @@ def claim_output(output: Path, arguments: dict[str, Any]) -> IO[bytes]:
         raise OutputError(f"another process is at work in {output}") from error
     except OSError as error:
         raise OutputError(f"cannot create {output}: {error.strerror}") from error
-    report.write_json(output / ARGUMENTS, arguments)
+    records.write_json(output / ARGUMENTS, arguments)
     return lock
 
 
@@ -154,11 +155,11 @@ def train(job: Job, groups: Sequence[Sequence[int]]) -> bool:
 
 def _train_group(
     job: Job, directories: dict[int, Path | None], trainer: programs.Trainer | None
-) -> tuple[programs.Trainer, list[training.Result | None]]:
+) -> tuple[programs.Trainer, list[loop.Result | None]]:
     """Train some seeds at once; gives the programs back, and None for a seed that failed."""
     seeds, epochs = list(directories), job.arguments["epochs"]
     images = len(job.images.train.labels)
-    graphdef, of_seeds, run = training.start_run(job.make_model, job.tx, seeds, images, job.mesh)
+    graphdef, of_seeds, run = loop.start_run(job.make_model, job.tx, seeds, images, job.mesh)
     origin = job.arguments | {"images": images}
     compiling = trainer is None
     with ExitStack() as stack:
@@ -169,7 +170,7 @@ def _train_group(
             stack.callback(checkpoints.close, manager)
         if manager and job.resume:
             run = _restore(manager, run, origin, seed_name(job.arguments, seeds))
-        records = [
+        recorders = [
             _begin_files(job, seed, directory, history, stack)
             for (seed, directory), history in zip(
                 directories.items(), run.progress.history, strict=True
@@ -188,18 +189,18 @@ def _train_group(
             mesh=job.mesh,
         )
 
-        def save(run: training.Run) -> None:
+        def save(run: loop.Run) -> None:
             if manager is None:
                 return
             step = (run.progress.epoch - 1) * trainer.steps + run.progress.step
             arrays = {"state": run.state, "best": run.best}
             checkpoints.save(manager, step, arrays, {"of": origin, **run.progress._asdict()})
 
-        def on_epoch(run: training.Run) -> None:
+        def on_epoch(run: loop.Run) -> None:
             epoch, histories = run.progress.epoch - 1, run.progress.history
             latest = []
             figures = run.progress.epoch_geometry
-            for history, measured, record in zip(histories, figures, records, strict=True):
+            for history, measured, record in zip(histories, figures, recorders, strict=True):
                 if history and history[-1].epoch == epoch:  # else this seed has failed
                     record(history[-1], measured)
                     latest.append(history[-1])
@@ -211,7 +212,7 @@ def _train_group(
                 save(run)
 
         with job.signals.defer():
-            run = training.fit(
+            run = loop.fit(
                 trainer,
                 of_seeds,
                 run,
@@ -224,7 +225,7 @@ def _train_group(
             finished = run.progress.epoch > epochs or all(run.progress.failed)
             if not finished:
                 save(run)
-        results = training.results(trainer, run) if finished else [None] * len(seeds)
+        results = loop.results(trainer, run) if finished else [None] * len(seeds)
     compile_seconds = trainer.compile_seconds if compiling else 0.0
     for i, (seed, directory) in enumerate(directories.items()):
         _finish(job, seed, directory, i, run, results[i], compile_seconds)
@@ -238,8 +239,8 @@ def _finish(
     seed: int,
     directory: Path | None,
     place: int,
-    run: training.Run,
-    result: training.Result | None,
+    run: loop.Run,
+    result: loop.Result | None,
     compile_seconds: float,
 ) -> None:
     """Write the picture and, if the run at this place among its seeds came to its end, the rest."""
@@ -250,7 +251,7 @@ def _finish(
         say(f"{name}stopped: {failure}: lower --learning_rate ({rate:g})", file=sys.stderr)
     if directory and history and leads():
         a = job.arguments
-        report.draw_curves(
+        records.draw_curves(
             directory / "curves.png",
             history,
             result,
@@ -260,7 +261,7 @@ def _finish(
             steps_per_epoch=job.steps_per_epoch,
         )
         if result:
-            report.write_summary(
+            records.write_summary(
                 directory / SUMMARY,
                 _of_seed(job, seed),
                 result,
@@ -279,8 +280,8 @@ def _finish(
 
 
 def _restore(
-    manager: ocp.CheckpointManager, run: training.Run, origin: dict[str, Any], name: str
-) -> training.Run:
+    manager: ocp.CheckpointManager, run: loop.Run, origin: dict[str, Any], name: str
+) -> loop.Run:
     """The run as it stood at the last readable checkpoint; at the first step if there is none."""
 
     def warn(text: str) -> None:
@@ -294,45 +295,45 @@ def _restore(
         return run
     arrays, saved = found
     _check_same(Path(manager.directory), saved.pop("of"), origin)
-    history = [[training.Metrics(*line) for line in lines] for lines in saved.pop("history")]
-    progress = training.Progress(**saved, history=history)
+    history = [[loop.Metrics(*line) for line in lines] for lines in saved.pop("history")]
+    progress = loop.Progress(**saved, history=history)
     after = f" after {progress.step} of its steps" if progress.step else ""
     say(f"{name}going on in epoch {progress.epoch}{after}.")
-    return training.Run(arrays["state"], arrays["best"], progress)
+    return loop.Run(arrays["state"], arrays["best"], progress)
 
 
 def _begin_files(
     job: Job,
     seed: int,
     directory: Path | None,
-    history: Sequence[training.Metrics],
+    history: Sequence[loop.Metrics],
     stack: ExitStack,
-) -> Callable[[training.Metrics, dict[str, float]], None]:
+) -> Callable[[loop.Metrics, dict[str, float]], None]:
     """Write what there is of a run so far; gives the function that adds an epoch."""
     if directory is None or not leads():
         return lambda metrics, geometry: None
     directory.mkdir(exist_ok=True)
     if job.arguments["seeds"] > 1:
-        report.write_json(directory / ARGUMENTS, _of_seed(job, seed))
+        records.write_json(directory / ARGUMENTS, _of_seed(job, seed))
     # Epochs after the checkpoint that the run goes on from will be run again.
     lines = {METRICS: [metrics._asdict() for metrics in history]}
     if job.arguments["geometry"]:
-        lines[GEOMETRY] = report.read_lines(directory / GEOMETRY, len(history))
+        lines[GEOMETRY] = records.read_lines(directory / GEOMETRY, len(history))
     for name, past in lines.items():
-        report.write_lines(directory / name, past)
+        records.write_lines(directory / name, past)
     events = None
     if job.tensorboard:
-        events = report.open_events(directory / "tensorboard")
+        events = records.open_events(directory / "tensorboard")
         stack.callback(events.close)
         for line in itertools.chain(*lines.values()):
-            report.add_events(events, line)
+            records.add_events(events, line)
 
-    def record(metrics: training.Metrics, geometry: dict[str, float]) -> None:
+    def record(metrics: loop.Metrics, geometry: dict[str, float]) -> None:
         new = {METRICS: metrics._asdict(), GEOMETRY: _geometry_line(metrics.epoch, geometry)}
         for name in lines:
-            report.append_line(directory / name, new[name])
+            records.append_line(directory / name, new[name])
             if events:
-                report.add_events(events, new[name])
+                records.add_events(events, new[name])
 
     return record
 

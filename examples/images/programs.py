@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import spherical_optax as so
-from cifar.data import DataSet, Split, augment, normalise
+from images.data import DataSet, Split, augment, normalise
 
 EVALUATION_BATCH = 1250  # divides the validation and test splits of CIFAR
 

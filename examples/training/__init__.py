@@ -1,0 +1,1 @@
+"""A run's life: options, loop, checkpoints, files, several processes."""
