@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     prepare_jax(torch=args.torch)
-    from training.records import device_name, find_git_revision, versions
+    from training.environment import device_name, find_git_revision, versions
 
     of_torch = _torch_optimizers() if args.torch else {}
     output: Path = args.output

@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     prepare_jax(torch=args.torch)
     import jax
 
-    from training.records import device_name, find_git_revision, versions
+    from training.environment import device_name, find_git_revision, versions
 
     if jax.default_backend() != "cpu" and jax.device_count() > 1:
         raise Refused(

@@ -108,9 +108,9 @@ def test_what_is_measured_is_the_trainer(tiny, monkeypatch):
     def spy(*args, **kwargs):
         trainer = compile_trainer(*args, **kwargs, driver="scan")
 
-        def train(state, order, key, index):
-            after, batches = trainer.train(state, order, key, index)
-            calls.append((index, order.shape, batches.loss.shape))
+        def train(state, order, index):
+            after, batches = trainer.train(state, order, index)
+            calls.append((index, order[0].shape, batches.loss.shape))
             return after, batches
 
         return trainer._replace(train=train)

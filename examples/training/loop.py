@@ -1,37 +1,50 @@
-"""Training: from a seed's first step to its results, with all figures on the way.
+"""Training: from a run's first step to its last, with all figures on the way.
 
-The arrays and the compiled programs are those of `programs`; what is here keeps count.
+What is trained is the example's: its compiled programs are a `Trainer`, and its arrays pass through
+here unread. What is here keeps count, in epochs as `Task` has them.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from images.data import validation_split
-from images.programs import Batch, Network, Seeds, Trainer, TrainState, split_model
+from training import geometry
+from training.task import Epoch, Metrics, Result, Task, number, place
+
+PyTree = Any  # of arrays
+Scores = dict[str, list[float]]  # figures of an evaluation by name, for each seed; one is `loss`
 
 
-class Metrics(NamedTuple):
-    """Figures of one epoch: losses in nats, accuracies in 0..1.
+class Batch(NamedTuple):
+    """Figures of a step [seeds], or of several [steps, seeds]."""
 
-    The training images per second are those of all seeds of the program together.
+    loss: jax.Array  # mean over the items, in nats, float32
+    counts: dict[str, jax.Array]  # numbers of items by name, int32
+    geometry: jax.Array  # float32 [..., figures], as `Trainer.figures` names them
+
+
+class Trainer(NamedTuple):
+    """The compiled programs of a training, and what an epoch of its training is.
+
+    `seeds` is what the seeds of a run differ in from the outset, so that the programs serve for
+    other seeds too; `state` is what a step changes, and `network` what an evaluation needs of it.
     """
 
-    epoch: int  # from 1
-    learning_rate: float  # of the epoch's first step
-    train_loss: float
-    train_accuracy: float
-    valid_loss: float
-    valid_accuracy: float
-    images_per_second: float
+    items: int
+    steps: int
+    batch_size: int  # items of a step; the last one may have fewer
+    figures: tuple[str, ...]  # what an optimizer that is wrapped in `with_geometry` measures
+    compile_seconds: float
+    shuffle: Callable[[PyTree, int], PyTree]  # (seeds, epoch) -> order: what its steps share
+    train: Callable[[PyTree, PyTree, int], tuple[PyTree, Batch]]  # (state, order, first step)
+    network: Callable[[PyTree], PyTree]  # (state)
+    validate: Callable[[PyTree, PyTree], Scores]  # (network, seeds)
+    test: Callable[[PyTree], Scores]  # (network)
+    choose: Callable[[np.ndarray, PyTree, PyTree], PyTree]  # (which seeds, their network, else)
 
 
 class Progress(NamedTuple):
@@ -39,108 +52,96 @@ class Progress(NamedTuple):
 
     epoch: int  # the one under way, from 1
     step: int  # how many of its steps are done
-    loss_sum: list[float]  # over the images of these steps
-    correct: list[int]
-    geometry: list[list[float]]  # as `Trainer.figures`: sums of means; minima; maxima
+    loss_sum: list[float]  # over the items of these steps
+    counts: dict[str, list[int]]
+    geometry: list[list[float]]  # as `geometry.add` gives them
     epoch_seconds: float  # that these steps took
     seconds: float  # of training and validation since the run began, without compilation
     history: list[list[Metrics]]
     best_epoch: list[int]  # 0 if none
-    best_accuracy: list[float]
-    best_loss: list[float]
+    best: Scores  # of that epoch
     epoch_geometry: list[dict[str, float]]  # of the epoch before; empty without `figures`
     failed: list[str | None]  # why a seed cannot go on: a loss that is NaN or infinite
 
 
 class Run(NamedTuple):
-    """A run at a moment: with its `Seeds`, all that it takes to go on."""
+    """A run at a moment: with its seeds, all that it takes to go on."""
 
-    state: TrainState
-    best: Network  # of the epoch with the best validation accuracy
+    state: PyTree
+    best: PyTree  # the network of the epoch with the best validation
     progress: Progress
 
 
-class Result(NamedTuple):
-    """Figures on the test images of the network of the epoch with the best validation accuracy."""
-
-    test_accuracy: float
-    test_loss: float
-    best_epoch: int
-
-
-def start_run(
-    make_model: Callable[[int], nnx.Module],
-    tx: optax.GradientTransformation,
-    seeds: Sequence[int],
-    images: int,
-    mesh: Mesh,
-) -> tuple[nnx.GraphDef, Seeds, Run]:
-    """Begin a run of several seeds.
+def first_progress(seeds: int, counts: Sequence[str], scores: Sequence[str]) -> Progress:
+    """The progress of a run at its first step.
 
     Args:
-      make_model: gives the model with the initial weights of a seed.
-      tx: the optimizer.
-      seeds: of validation split, initial weights, order and augmentation; at least one.
-      images: number of training images of the data set, those for validation included.
-      mesh: from `make_mesh`.
+      seeds: how many.
+      counts: the names of `Batch.counts`.
+      scores: the names of what an evaluation gives.
     """
-    split = [split_model(make_model(seed), tx) for seed in seeds]
-    # The model's init starts from the seed's own key.
-    keys = [jax.random.key_data(jax.random.split(jax.random.key(seed))[1]) for seed in seeds]
-    places = [validation_split(images, seed) for seed in seeds]
-    # Through NumPy, because only that can be put on the devices of other processes.
-    state, key, train, valid = jax.device_put(
-        jax.tree.map(
-            lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]),
-            *[(s, k, *p) for (_, s), k, p in zip(split, keys, places, strict=True)],
-        ),
-        NamedSharding(mesh, PartitionSpec()),
-    )
-    of_seeds = Seeds(jax.random.wrap_key_data(key), train, valid)
-    n = len(seeds)
-    progress = Progress(
+    return Progress(
         epoch=1,
         step=0,
-        loss_sum=[0.0] * n,
-        correct=[0] * n,
-        geometry=[[] for _ in seeds],
+        loss_sum=[0.0] * seeds,
+        counts={name: [0] * seeds for name in counts},
+        geometry=[[] for _ in range(seeds)],
         epoch_seconds=0.0,
         seconds=0.0,
-        history=[[] for _ in seeds],
-        best_epoch=[0] * n,
-        best_accuracy=[-1.0] * n,
-        best_loss=[0.0] * n,
-        epoch_geometry=[{} for _ in seeds],
-        failed=[None] * n,
+        history=[[] for _ in range(seeds)],
+        best_epoch=[0] * seeds,
+        best={name: [-1.0] * seeds for name in scores},
+        epoch_geometry=[{} for _ in range(seeds)],
+        failed=[None] * seeds,
     )
-    best = jax.tree.map(jnp.copy, Network(state.params, state.batch_stats))
-    return split[0][0], of_seeds, Run(state, best, progress)
+
+
+def to_json(progress: Progress) -> dict[str, Any]:
+    """What a checkpoint keeps; the counts and the best scores are fields of their own there."""
+    best = {f"best_{name}": values for name, values in progress.best.items()}
+    fields = progress._asdict() | progress.counts | best
+    return {name: value for name, value in fields.items() if name not in ("counts", "best")}
+
+
+def from_json(saved: dict[str, Any], like: Progress, metrics: Callable[..., Metrics]) -> Progress:
+    """The progress that a checkpoint has kept.
+
+    Args:
+      saved: from `to_json`.
+      like: with the same names of counts and scores.
+      metrics: makes a line from its fields.
+    """
+    fields = {name: saved[name] for name in Progress._fields if name in saved} | {
+        "counts": {name: saved[name] for name in like.counts},
+        "best": {name: saved[f"best_{name}"] for name in like.best},
+        "history": [[metrics(*line) for line in lines] for lines in saved["history"]],
+    }
+    return Progress(**fields)
 
 
 def fit(
     trainer: Trainer,
-    seeds: Seeds,
+    seeds: PyTree,
     run: Run,
+    task: Task,
     *,
     epochs: int,
-    schedule: optax.Schedule,
     on_batch: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[Run], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Run:
     """Train from where `run` stands to the end, or until `stop` says so.
 
-    It uses every image once in an epoch, and donates the buffers of `run`. Of the epochs with the
-    best validation accuracy it keeps the network of that with the lowest validation loss: on a
-    small validation set many epochs share the best accuracy. A seed whose training or validation
-    loss is NaN or infinite is marked as failed; the training ends when all seeds are.
+    It donates the buffers of `run`. It keeps the network of the epoch whose validation `task.rank`
+    puts highest, the first of several. A seed whose training or validation loss is NaN or infinite
+    is marked as failed; the training ends when all seeds are.
 
     Args:
-      trainer: from `compile_trainer`.
-      seeds: from `start_run`.
-      run: from `start_run`, or a later one with the same seeds.
+      trainer: the programs.
+      seeds: what they take of the seeds.
+      run: at its first step, or a later one with the same seeds.
+      task: makes the lines and judges them.
       epochs: at least 1.
-      schedule: the learning rate that the optimizer uses, for the metrics.
       on_batch: called at each epoch's start and after each call of a program, with the figures so
         far.
       on_epoch: called after each epoch, with the run as it then stands.
@@ -148,24 +149,23 @@ def fit(
     """
     state, best, progress = run
     while progress.epoch <= epochs and not all(progress.failed):
-        order, key = trainer.shuffle(seeds, progress.epoch)
+        order = trainer.shuffle(seeds, progress.epoch)
         if on_batch:
             on_batch(progress)
         while progress.step < trainer.steps:
             if stop and stop():
                 return Run(state, best, progress)
             began = time.perf_counter()
-            state, batches = trainer.train(state, order, key, progress.step)
-            progress = _after_batches(progress, jax.device_get(batches), trainer, began)
+            state, batches = trainer.train(state, order, progress.step)
+            progress = _after_batches(progress, jax.device_get(batches), trainer, task, began)
             if all(progress.failed):
                 return Run(state, best, progress)
             if on_batch:
                 on_batch(progress)
 
         began = time.perf_counter()
-        network = Network(state.params, state.batch_stats)
-        losses, accuracies = trainer.validate(network, seeds)
-        progress, better = _after_epoch(progress, losses, accuracies, trainer, schedule)
+        network = trainer.network(state)
+        progress, better = _after_epoch(progress, trainer.validate(network, seeds), trainer, task)
         if any(better):
             best = trainer.choose(np.array(better), network, best)
         progress = progress._replace(seconds=progress.seconds + time.perf_counter() - began)
@@ -174,109 +174,90 @@ def fit(
     return Run(state, best, progress)
 
 
-def _after_batches(progress: Progress, batches: Batch, trainer: Trainer, began: float) -> Progress:
+def _after_batches(
+    progress: Progress, batches: Batch, trainer: Trainer, task: Task, began: float
+) -> Progress:
     """Add the figures of one call, of each seed or of each step and seed."""
-    losses, corrects = np.atleast_2d(batches.loss, batches.correct)
-    size = min(trainer.batch_size, trainer.images - progress.step * trainer.batch_size)
+    losses = np.atleast_2d(batches.loss)
+    size = min(trainer.batch_size, trainer.items - progress.step * trainer.batch_size)
     failed = list(progress.failed)
     for seed in np.flatnonzero(~np.isfinite(losses).all(axis=0)):
         step = int(np.argmin(np.isfinite(losses[:, seed])))
-        failed[seed] = failed[seed] or (
-            f"the training loss is {losses[step, seed]} at step {progress.step + step + 1} "
-            f"of epoch {progress.epoch}"
-        )
+        at = place(task.unit, progress.epoch, progress.step + step + 1, trainer.steps)
+        failed[seed] = failed[seed] or f"the training loss is {losses[step, seed]} at {at}"
     measured = np.asarray(batches.geometry).reshape(*losses.shape, len(trainer.figures))
     seconds = time.perf_counter() - began
     loss_sums = size * losses.sum(axis=0, dtype=np.float64)
     return progress._replace(
         step=progress.step + len(losses),
         loss_sum=(progress.loss_sum + loss_sums).tolist(),
-        correct=(progress.correct + corrects.sum(axis=0)).tolist(),
-        geometry=_add_geometry(progress, measured, trainer.figures),
+        counts={
+            name: (np.asarray(so_far) + np.atleast_2d(batches.counts[name]).sum(axis=0)).tolist()
+            for name, so_far in progress.counts.items()
+        },
+        geometry=geometry.add(
+            progress.geometry if progress.step else None, measured, trainer.figures
+        ),
         epoch_seconds=progress.epoch_seconds + seconds,
         seconds=progress.seconds + seconds,
         failed=failed,
     )
 
 
-def _add_geometry(
-    progress: Progress, measured: np.ndarray, names: Sequence[str]
-) -> list[list[float]]:
-    """Add the figures [steps, seeds, names] of one call."""
-    steps = measured.astype(np.float64)
-    if progress.step:
-        steps = np.concatenate([np.asarray(progress.geometry)[None], steps])
-    kind = np.array([name.rpartition("/")[2] for name in names])
-    least, most = steps.min(axis=0), steps.max(axis=0)
-    sums = steps.sum(axis=0)
-    return np.where(kind == "mean", sums, np.where(kind == "min", least, most)).tolist()
-
-
-def _epoch_geometry(progress: Progress, trainer: Trainer) -> list[dict[str, float]]:
-    """The means over an epoch's steps, the smallest minima and the largest maxima."""
-    parts = [trainer.steps if name.endswith("/mean") else 1 for name in trainer.figures]
-    return [
-        {name: value / n for name, value, n in zip(trainer.figures, values, parts, strict=True)}
-        for values in progress.geometry
-    ]
-
-
 def _after_epoch(
-    progress: Progress,
-    losses: list[float],
-    accuracies: list[float],
-    trainer: Trainer,
-    schedule: optax.Schedule,
+    progress: Progress, scores: Scores, trainer: Trainer, task: Task
 ) -> tuple[Progress, list[bool]]:
     """Add an epoch's line to each seed's history; tells also which seeds became better."""
-    epoch, n = progress.epoch, len(losses)
+    n = len(progress.failed)
+    ended = number(task.unit, progress.epoch, trainer.steps)
     history, failed = list(progress.history), list(progress.failed)
-    best_epoch, best_accuracy = list(progress.best_epoch), list(progress.best_accuracy)
-    best_loss, better = list(progress.best_loss), [False] * n
-    for i, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True)):
+    best_epoch, better = list(progress.best_epoch), [False] * n
+    best = {name: list(values) for name, values in progress.best.items()}
+    for i in range(n):
+        of_seed = {name: values[i] for name, values in scores.items()}
         if failed[i]:
             continue
-        if not math.isfinite(loss):
-            failed[i] = f"the validation loss is {loss} after epoch {epoch}"
+        if not math.isfinite(of_seed["loss"]):
+            failed[i] = f"the validation loss is {of_seed['loss']} after {task.unit} {ended}"
             continue
-        better[i] = (accuracy, -loss) > (best_accuracy[i], -best_loss[i])
+        before = {name: values[i] for name, values in best.items()}
+        better[i] = not best_epoch[i] or task.rank(of_seed) > task.rank(before)
         if better[i]:
-            best_epoch[i], best_accuracy[i], best_loss[i] = epoch, accuracy, loss
-        metrics = Metrics(
-            epoch=epoch,
-            # Rounded to what float32 holds: 0.001 and not 0.0010000000474974513.
-            learning_rate=float(f"{schedule((epoch - 1) * trainer.steps):.6g}"),
-            train_loss=progress.loss_sum[i] / trainer.images,
-            train_accuracy=progress.correct[i] / trainer.images,
-            valid_loss=loss,
-            valid_accuracy=accuracy,
-            images_per_second=n * trainer.images / progress.epoch_seconds,
+            best_epoch[i] = progress.epoch
+            for name, value in of_seed.items():
+                best[name][i] = value
+        epoch = Epoch(
+            number=ended,
+            first_step=(progress.epoch - 1) * trainer.steps,
+            items=trainer.items,
+            loss_sum=progress.loss_sum[i],
+            counts={name: values[i] for name, values in progress.counts.items()},
+            scores=of_seed,
+            items_per_second=n * trainer.items / progress.epoch_seconds,
         )
-        history[i] = [*history[i], metrics]
-    after = Progress(
-        epoch=epoch + 1,
-        step=0,
-        loss_sum=[0.0] * n,
-        correct=[0] * n,
-        geometry=[[] for _ in losses],
-        epoch_seconds=0.0,
+        history[i] = [*history[i], task.line(epoch)]
+    start = first_progress(n, [*progress.counts], [*best])
+    after = start._replace(
+        epoch=progress.epoch + 1,
         seconds=progress.seconds,
         history=history,
         best_epoch=best_epoch,
-        best_accuracy=best_accuracy,
-        best_loss=best_loss,
-        epoch_geometry=_epoch_geometry(progress, trainer),
+        best=best,
+        epoch_geometry=geometry.of_epoch(progress.geometry, trainer.figures, trainer.steps),
         failed=failed,
     )
     return after, better
 
 
-def results(trainer: Trainer, run: Run) -> list[Result | None]:
+def results(trainer: Trainer, run: Run, task: Task) -> list[Result | None]:
     """Test each seed's best network; None for a seed that failed."""
-    losses, accuracies = trainer.test(run.best)
+    scores, progress = trainer.test(run.best), run.progress
     return [
-        None if failed else Result(accuracy, loss, epoch)
-        for failed, accuracy, loss, epoch in zip(
-            run.progress.failed, accuracies, losses, run.progress.best_epoch, strict=True
+        None
+        if failure
+        else task.result(
+            {name: values[i] for name, values in scores.items()},
+            number(task.unit, progress.best_epoch[i], trainer.steps),
         )
+        for i, failure in enumerate(progress.failed)
     ]

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from training.command import Refused
 from training.signals import StopSignals
 
 T = TypeVar("T")
 
 
-class JoinError(Exception):
+class JoinError(Refused):
     """The processes cannot find each other; the message says why."""
 
 
