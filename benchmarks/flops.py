@@ -18,7 +18,7 @@ def forward_flops(make_model: Callable[..., nnx.Module]) -> int:
     A product and its addition are two; those with the padding count.
 
     Args:
-      make_model: one of `cifar.models.MODELS`.
+      make_model: one of `images.models.MODELS`.
     """
 
     def forward(images: jax.Array) -> jax.Array:

@@ -30,8 +30,8 @@ from benchmark_command import (
     tell,
     warn_of,
 )
-from cifar.command import make_parser, one_of, positive, several
 from step_runs import COUNTERPARTS, MODELS, OPTIMIZERS, Figures, Measurement, Setting
+from training.command import make_parser, one_of, positive, several
 
 if TYPE_CHECKING:
     from step_programs import Program, Tree
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     prepare_jax(torch=args.torch)
-    from cifar.report import device_name, find_git_revision, versions
+    from training.environment import device_name, find_git_revision, versions
 
     of_torch = _torch_optimizers() if args.torch else {}
     output: Path = args.output

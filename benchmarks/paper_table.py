@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cifar import recipes
-from cifar.files import replace_file
+from images import recipes
 from table_runs import Key, Protocol, Run
+from training.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

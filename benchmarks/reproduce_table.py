@@ -27,10 +27,10 @@ import paper_table
 import table_cells
 import table_runs
 from benchmark_command import RUNS, Refused, make_directory, outcome, report, tell, warn_of
-from cifar import recipes
-from cifar.command import make_parser, one_of, positive, several
+from images import recipes
 from table_cells import Cell
 from table_runs import Key, Protocol, Run
+from training.command import make_parser, one_of, positive, several
 
 NAME = "reproduce_table.py"
 EXAMPLES = """\

@@ -21,7 +21,7 @@ from flax import nnx
 
 import spherical_optax as so
 import timing
-from cifar.models import MODELS
+from images.models import MODELS
 from step_runs import Figures
 
 LEARNING_RATE = 1e-3
@@ -55,7 +55,7 @@ def make_tree(model: str) -> Tree:
     """The initial parameters of a network and gradients at random.
 
     Args:
-      model: one of `cifar.models.MODELS`, or "transformer".
+      model: one of `images.models.MODELS`, or "transformer".
     """
     rng = np.random.default_rng(0)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cifar.files import replace_file
 from run_lines import Spread
 from step_runs import COUNTERPARTS, MODELS, OPTAX, OPTIMIZERS, Figures, Measurement
+from training.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import run_lines
-from cifar import recipes
+from images import recipes
 
 Key = tuple[str, str, int]  # setting, optimizer, seed
 

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 import spherical_optax as so
 import timing
-from cifar import data, models, programs, recipes, training
 from flops import forward_flops
+from images import data, figures, models, programs, recipes
 from throughput_report import WATCHED
+from training import loop
+from training.task import Task
 
 CLASSES = 10
 EPOCH_IMAGES = 50_000  # CIFAR's: 47,500 to train on and 2,500 for validation
@@ -55,12 +56,12 @@ def with_validation(images: int) -> int:
 
 
 class _Job(NamedTuple):
-    """What `training.fit` takes."""
+    """What `loop.fit` takes."""
 
-    trainer: programs.Trainer
+    trainer: loop.Trainer
     seeds: programs.Seeds
-    run: training.Run
-    schedule: optax.Schedule
+    run: loop.Run
+    task: Task
 
 
 def _prepare(cell: Cell, optimizer: str, images: data.DataSet, epochs: int) -> _Job:
@@ -80,11 +81,11 @@ def _prepare(cell: Cell, optimizer: str, images: data.DataSet, epochs: int) -> _
         return make(len(images.classes), dtype=cell.precision, rngs=nnx.Rngs(seed))
 
     mesh = programs.make_mesh(jax.devices()[:1])
-    graphdef, seeds, run = training.start_run(make_model, tx, range(cell.seeds), total, mesh)
+    graphdef, seeds, run = programs.start_run(make_model, tx, range(cell.seeds), total, mesh)
     trainer = programs.compile_trainer(
         graphdef, tx, images, seeds, run.state, batch_size=cell.batch_size, mesh=mesh
     )
-    return _Job(trainer, seeds, run, schedule)
+    return _Job(trainer, seeds, run, figures.task(schedule))
 
 
 Program = Callable[[], object]
@@ -171,12 +172,12 @@ def _peak_bytes() -> int:
 def _trainer_steps(cell: Cell, optimizer: str, images: data.DataSet) -> tuple[Program, float]:
     """A call of the trainer's program, run once, and the seconds of compiling."""
     job = _prepare(cell, optimizer, images, recipes.EPOCHS)
-    order, key = job.trainer.shuffle(job.seeds, 1)
+    order = job.trainer.shuffle(job.seeds, 1)
     state = job.run.state
 
     def train() -> None:
         nonlocal state
-        state, batches = job.trainer.train(state, order, key, 0)
+        state, batches = job.trainer.train(state, order, 0)
         jax.block_until_ready((state, batches))
 
     train()
@@ -246,10 +247,8 @@ def _epoch(job: _Job) -> Program:
     return train
 
 
-def _next_epoch(job: _Job, run: training.Run) -> training.Run:
-    return training.fit(
-        job.trainer, job.seeds, run, epochs=run.progress.epoch, schedule=job.schedule
-    )
+def _next_epoch(job: _Job, run: loop.Run) -> loop.Run:
+    return loop.fit(job.trainer, job.seeds, run, job.task, epochs=run.progress.epoch)
 
 
 def measure_accuracy(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import run_lines
-from cifar import recipes
-from cifar.files import replace_file
+from images import recipes
+from training.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

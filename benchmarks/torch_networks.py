@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.recipes import Recipe
+from images.recipes import Recipe
 
 PAD = 4
 MEAN, STD = 0.5, 0.25  # of pixels / 255; the images are random
@@ -65,9 +65,9 @@ def vgg(stages: Sequence[Sequence[int]], num_classes: int) -> nn.Sequential:
 
 
 def make_network(model: str, num_classes: int) -> nn.Sequential:
-    """The network of a name in `cifar.recipes.MODELS`: logits [n, num_classes] of [n, 3, 32, 32].
+    """The network of a name in `images.recipes.MODELS`: logits [n, num_classes] of [n, 3, 32, 32].
 
-    PyTorch's own initial weights are those of `cifar.models`: uniform in +-1/sqrt(fan_in).
+    PyTorch's own initial weights are those of `images.models`: uniform in +-1/sqrt(fan_in).
     """
     match model:
         case "resnet20":
@@ -149,7 +149,7 @@ def make_training(
     `torch.optim.Adam` with coupled L2.
 
     Args:
-      model: one of `cifar.recipes.MODELS`.
+      model: one of `images.recipes.MODELS`.
       images: uint8 [n, 32, 32, 3].
       labels: int [n].
       num_classes: above every label.

@@ -34,12 +34,12 @@ from benchmark_command import (
     tell,
     warn_of,
 )
-from cifar import recipes
-from cifar.command import make_parser, number, one_of, positive, several
+from images import recipes
 from throughput_report import TORCH, WATCHED, Key, Line
+from training.command import make_parser, number, one_of, positive, several
 
 if TYPE_CHECKING:
-    from cifar.data import DataSet
+    from images.data import DataSet
 
 EXAMPLES = """\
 examples:
@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     prepare_jax(torch=args.torch)
     import jax
 
-    from cifar.report import device_name, find_git_revision, versions
+    from training.environment import device_name, find_git_revision, versions
 
     if jax.default_backend() != "cpu" and jax.device_count() > 1:
         raise Refused(
@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _load_images(args: argparse.Namespace) -> DataSet:
-    from cifar import data
+    from images import data
 
     try:
         images = data.load(args.dataset, data_dir="~/tensorflow_datasets")

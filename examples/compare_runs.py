@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cifar.run_pictures import (
+from training.run_pictures import (
     METRICS,
     Arguments,
     Refused,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cifar import recipes
-from cifar.command import one_of, several
-from cifar.run_pictures import (
+from images import recipes
+from training.command import one_of, several
+from training.run_pictures import (
     ARGUMENTS,
     METRICS,
     Arguments,

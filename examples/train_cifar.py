@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cifar import recipes
-from cifar.command import make_parser, number, positive
-from cifar.signals import Stopped, StopSignals, stop_signals
+from images import recipes
+from training import ending, options
+from training.command import Refused, make_parser, positive
+from training.signals import StopSignals
 
 EXAMPLES = """\
 examples:
@@ -26,145 +25,107 @@ examples:
 MAX_STEPS = 2**31 - 1  # what an optimizer's int32 counts
 
 
-class _Refused(Exception):
-    """The run cannot start; the message says why."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns its exit code: 0, 1 (a run failed), 2 (refused), 130 (Ctrl-C) or 143 (SIGTERM).
     """
-    args = _parse(argv)
-    code, alone = _outcome(args)
-    if alone and args.coordinator:
-        # At its end, Python would wait for the other processes, which wait for this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-def _outcome(args: argparse.Namespace) -> tuple[int, bool]:
-    """The exit code, and whether it is this process's alone if there are several."""
-    try:
-        with stop_signals() as signals:
-            return _run(args, signals), False
-    except _Refused as error:
-        return _end(2, f"error: {error}"), True
-    except ModuleNotFoundError as error:
-        return _end(2, f"error: {error}; install it with: pip install -e '.[examples]'"), True
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1, True
-    except OSError as error:
-        return _end(1, f"error: {error}"), True
-    except Stopped as stopped:
-        how = "interrupted" if stopped.signum == signal.SIGINT else "terminated"
-        return _end(128 + stopped.signum, f"{how}; {_how_to_go_on(args.output)}"), stopped.at_once
-
-
-def _end(code: int, message: str) -> int:
-    print(f"train_cifar.py: {message}", file=sys.stderr)
-    return code
-
-
-def _how_to_go_on(output: Path | None) -> str:
-    if output is None:
-        return "nothing is kept without --output"
-    if not output.exists():
-        return "nothing was begun"
-    return f"--resume goes on with what is in {output}"
-
-
-def _run(args: argparse.Namespace, signals: StopSignals) -> int:
-    # Imported here, so that --help and a refusal do not wait for JAX.
-    from cifar import data, processes, runs
-
-    try:
-        if args.coordinator:
-            processes.join(args.coordinator, args.num_processes, args.process_id)
-            with signals.defer():  # to a step that all processes agree on
-                return _train(args, signals)
-        return _train(args, signals)
-    except (data.DataError, processes.JoinError, runs.OutputError) as error:
-        raise _Refused(str(error)) from error
+    parser = _parser()
+    args = parser.parse_args(argv)
+    options.check(parser, args)
+    return ending.outcome(parser.prog, args, _train)
 
 
 def _train(args: argparse.Namespace, signals: StopSignals) -> int:
+    # Imported here, so that --help and a refusal do not wait for JAX.
     import jax
     from flax import nnx
 
     import spherical_optax as so
-    from cifar import data, models, processes, programs, report, runs
+    from images import data, figures, models, programs
+    from training import environment, outputs, processes, runs
+    from training.display import say
 
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
     groups = _groups(args)
     arguments = _arguments(args, recipe) | {"seeds_at_once": len(groups[0])}
     rate, decay = arguments["learning_rate"], arguments["weight_decay"]
-    if args.output:
-        if processes.leads():
-            runs.check_output(args.output, arguments, resume=args.resume)
-        if all(map(runs.is_finished, runs.run_directories(args.output, arguments).values())):
-            runs.say(f"{args.output} is finished.")
-            return 0
+    if outputs.is_done(args.output, arguments, resume=args.resume):
+        return 0
 
     images = processes.in_turn(lambda: data.load(args.dataset, data_dir=args.data_dir))
     count = len(data.validation_split(len(images.train.labels), args.seed)[0])
     if args.batch_size > count:
-        raise _Refused(f"--batch_size {args.batch_size} is above the {count} training images")
+        raise Refused(f"--batch_size {args.batch_size} is above the {count} training images")
     steps = programs.steps_per_epoch(count, args.batch_size)
     if args.epochs * steps > MAX_STEPS:
-        raise _Refused(f"--epochs {args.epochs} is above {MAX_STEPS // steps}, the most that fit")
-    lock = None  # held as long as this is referenced
-    if args.output and processes.leads():
-        lock = runs.claim_output(args.output, arguments)
+        raise Refused(f"--epochs {args.epochs} is above {MAX_STEPS // steps}, the most that fit")
+    with outputs.claimed(args.output, arguments):
+        milestones = recipes.milestones(args.epochs, steps)
+        schedule = recipes.step_schedule(rate, milestones)
+        tx = recipes.make_optimizer(args.optimizer, recipe._replace(weight_decay=decay), schedule)
+        if args.geometry:
+            tx = so.with_geometry(tx, channel_axes=recipes.spheres())
+        mesh = programs.make_mesh(jax.devices())
 
-    def make_model(seed: int) -> nnx.Module:
-        make = models.MODELS[args.model]
-        return make(len(images.classes), dtype=args.precision, rngs=nnx.Rngs(seed))
+        def make_model(seed: int) -> nnx.Module:
+            make = models.MODELS[args.model]
+            return make(len(images.classes), dtype=args.precision, rngs=nnx.Rngs(seed))
 
-    milestones = recipes.milestones(args.epochs, steps)
-    schedule = recipes.step_schedule(rate, milestones)
-    tx = recipes.make_optimizer(args.optimizer, recipe._replace(weight_decay=decay), schedule)
-    job = runs.Job(
-        arguments=arguments,
-        output=args.output,
-        resume=args.resume,
-        tensorboard=args.tensorboard,
-        images=images,
-        make_model=make_model,
-        tx=so.with_geometry(tx, channel_axes=recipes.spheres()) if args.geometry else tx,
-        schedule=schedule,
-        milestones=milestones,
-        steps_per_epoch=steps,
-        mesh=programs.make_mesh(jax.devices()),
-        git_revision=report.find_git_revision(),
-        signals=signals,
-    )
-    if not exact:
-        runs.say(
-            f"{args.dataset} with {args.model} has no recipe of its own: "
-            f"taking cifar10's with {args.model}."
+        def begin(seeds: Sequence[int]) -> runs.Begun:
+            total = len(images.train.labels)
+            graphdef, of_seeds, run = programs.start_run(make_model, tx, seeds, total, mesh)
+            compile_trainer = partial(
+                programs.compile_trainer, graphdef, tx, images, of_seeds, batch_size=args.batch_size
+            )
+            return runs.Begun(of_seeds, run, partial(compile_trainer, mesh=mesh))
+
+        def draw(path: Path, seed: int, history: Any, result: Any) -> None:
+            figures.draw_curves(
+                path,
+                history,
+                result,
+                title=f"{args.model} on {args.dataset} with {args.optimizer}, seed {seed}",
+                schedule=schedule,
+                milestones=milestones,
+                steps_per_epoch=steps,
+            )
+
+        job = runs.Job(
+            arguments=arguments,
+            output=args.output,
+            resume=args.resume,
+            tensorboard=args.tensorboard,
+            task=figures.task(schedule),
+            data={"images": len(images.train.labels)},
+            epochs=args.epochs,
+            steps=steps,
+            items=count,
+            batch_size=args.batch_size,
+            begin=begin,
+            draw=draw,
+            git_revision=environment.find_git_revision(),
+            signals=signals,
         )
-    devices = f"{job.mesh.size} x " if job.mesh.size > 1 else ""
-    if args.batch_size % job.mesh.size:
-        runs.say(
-            f"The {job.mesh.size} devices do not divide --batch_size {args.batch_size}: "
-            "each of them computes every batch whole."
+        if not exact:
+            say(
+                f"{args.dataset} with {args.model} has no recipe of its own: "
+                f"taking cifar10's with {args.model}."
+            )
+        devices = f"{mesh.size} x " if mesh.size > 1 else ""
+        if args.batch_size % mesh.size:
+            say(
+                f"The {mesh.size} devices do not divide --batch_size {args.batch_size}: "
+                "each of them computes every batch whole."
+            )
+        say(
+            f"{args.model} on {args.dataset} with {args.optimizer}: "
+            f"learning rate {rate:g}, weight decay {decay:g}, {count} training images, "
+            f"{steps} steps an epoch, on {devices}{jax.devices()[0].device_kind}."
         )
-    runs.say(
-        f"{args.model} on {args.dataset} with {args.optimizer}: "
-        f"learning rate {rate:g}, weight decay {decay:g}, {count} training images, "
-        f"{steps} steps an epoch, on {devices}{jax.devices()[0].device_kind}."
-    )
-    if len(groups) > 1:
-        runs.say("One seed after another: on a CPU that is faster than several at once.")
-    try:
+        if len(groups) > 1:
+            say("One seed after another: on a CPU that is faster than several at once.")
         return 0 if runs.train(job, groups) else 1
-    finally:
-        if lock:
-            lock.close()
 
 
 def _arguments(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]:
@@ -191,26 +152,6 @@ def _groups(args: argparse.Namespace) -> list[list[int]]:
 
     seeds = list(range(args.seed, args.seed + args.seeds))
     return [seeds] if jax.default_backend() != "cpu" else [[seed] for seed in seeds]
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked as far as they can be without the data."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.seed + args.seeds > 2**32:
-        parser.error(f"--seeds {args.seeds} from --seed {args.seed} goes beyond {2**32 - 1}")
-    for name in ("resume", "tensorboard", "geometry"):
-        if getattr(args, name) and args.output is None:
-            parser.error(f"--{name} needs --output")
-    given = [args.num_processes is not None, args.process_id is not None]
-    if any(given) and (args.coordinator in (None, "auto")):
-        parser.error("--num_processes and --process_id need --coordinator HOST:PORT")
-    if args.coordinator not in (None, "auto"):
-        if not all(given):
-            parser.error("--coordinator HOST:PORT needs --num_processes and --process_id")
-        if args.process_id >= args.num_processes:
-            parser.error(f"--process_id {args.process_id} is not below {args.num_processes}")
-    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -242,23 +183,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images in a step (default: %(default)s)",
     )
-    add("--learning_rate", type=_rate, metavar="X", help="at the start (default: the recipe's)")
-    add("--weight_decay", type=_rate, metavar="X", help="default: the recipe's")
     add(
-        "--seed",
-        type=_seed,
-        default=0,
-        metavar="N",
-        help="of validation split, initial weights, order and augmentation (default: %(default)s)",
+        "--learning_rate",
+        type=options.rate,
+        metavar="X",
+        help="at the start (default: the recipe's)",
     )
-    add(
-        "--seeds",
-        type=positive,
-        default=1,
-        metavar="K",
-        help="train K networks, with the seeds from --seed on, at once (on a CPU one after "
-        "another); each has its files in DIR/seed-N (default: %(default)s)",
-    )
+    add("--weight_decay", type=options.rate, metavar="X", help="default: the recipe's")
+    options.add_seeds(parser, "validation split, initial weights, order and augmentation")
     add(
         "--precision",
         choices=recipes.PRECISIONS,
@@ -272,45 +204,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where TFDS keeps its data sets (default: %(default)s)",
     )
-    add(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="directory to make for arguments.json, metrics.jsonl, summary.json, curves.png and "
-        "checkpoints (default: none, nothing is written)",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --output from its last checkpoint; begin where there is none",
-    )
-    add(
-        "--tensorboard",
-        action="store_true",
-        help="write TensorBoard's event files too, in DIR/tensorboard",
-    )
-    add(
-        "--geometry",
-        action="store_true",
-        help="measure each step on the sphere, and write every epoch's angle per step, effective "
-        "learning rate, radius and more of each kernel to DIR/geometry.jsonl",
-    )
-    several = parser.add_argument_group(
-        "several processes",
-        "Each is started with the same arguments and uses its own devices; --output is one "
-        "directory that all of them see.",
-    )
-    several.add_argument(
-        "--coordinator",
-        type=_coordinator,
-        metavar="HOST:PORT",
-        help="of process 0; 'auto' under SLURM, Open MPI, Kubernetes or on a TPU pod, which know "
-        "all three (default: there is one process)",
-    )
-    several.add_argument(
-        "--num_processes", type=positive, metavar="N", help="how many processes there are"
-    )
-    several.add_argument("--process_id", type=_index, metavar="I", help="which one this is, from 0")
+    options.add_output(parser, "epoch")
+    options.add_processes(parser)
     return parser
 
 
@@ -320,25 +215,6 @@ def _dataset(text: str) -> str:
     raise argparse.ArgumentTypeError(
         f"unknown data set {text!r} (choose from {', '.join(recipes.DATASETS)}, folder:PATH)"
     )
-
-
-def _coordinator(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if text == "auto" or (host and port.isdecimal()):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor auto")
-
-
-def _index(text: str) -> int:
-    return number(text, int, lambda value: value >= 0, "an integer from 0")
-
-
-def _seed(text: str) -> int:
-    return number(text, int, lambda value: 0 <= value < 2**32, "an integer from 0 to 4294967295")
-
-
-def _rate(text: str) -> float:
-    return number(text, float, lambda value: 0 <= value < math.inf, "a finite number from 0")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cifar import data
+from images import data
 
 
 def load(name, data_dir="unused"):

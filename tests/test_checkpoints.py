@@ -20,8 +20,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from cifar import checkpoints, programs
+from images import programs
 from tiny import Tiny
+from training import checkpoints
 
 EXAMPLES = Path(checkpoints.__file__).parents[1]
 
@@ -244,7 +245,7 @@ FAILING = """
 import resource, sys
 from pathlib import Path
 import jax
-from cifar import checkpoints
+from training import checkpoints
 
 arrays = [jax.random.normal(jax.random.key(i), (20_000,)) for i in range(50)]
 managers = [checkpoints.open_checkpoints(Path(directory)) for directory in sys.argv[1:]]
@@ -291,7 +292,7 @@ SAVING = """
 import sys
 from pathlib import Path
 import jax.numpy as jnp
-from cifar import checkpoints
+from training import checkpoints
 
 manager = checkpoints.open_checkpoints(Path(sys.argv[1]))
 small = lambda step: {"small": jnp.full(3, step), "large": jnp.arange(2000.0) * step}
@@ -335,7 +336,7 @@ address, process, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, process)
-from cifar import checkpoints
+from training import checkpoints
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 

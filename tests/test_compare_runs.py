@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 import compare_runs
-from cifar import recipes
+from images import recipes
 from made_runs import make_run
 
 pytestmark = pytest.mark.filterwarnings("error")

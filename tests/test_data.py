@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from cifar import data
 from image_sets import load, message
+from images import data
 
 
 def test_an_unknown_name_lists_the_known_ones():

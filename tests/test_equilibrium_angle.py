@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import spherical_optax as so
-from cifar import recipes
+from images import recipes
 from plot_geometry import predicted_angle
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import spherical_optax as so
-from cifar import models
+from images import models
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

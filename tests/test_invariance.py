@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import spherical_optax as so
-from cifar import models
+from images import models
 from tiny import Tiny
 
 RNG = np.random.default_rng(0)

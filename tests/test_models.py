@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import spherical_optax as so
-from cifar import models, recipes
+from images import models, recipes
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

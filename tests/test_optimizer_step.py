@@ -109,7 +109,7 @@ def test_other_rounds_or_versions_are_measured_again(faked, tmp_path, monkeypatc
     options = ["--models=resnet20", "--optimizers=sgd"]
     assert [run(tmp_path, *options), run(tmp_path, *options, "--rounds=3")] == [0, 0]
     assert [line["rounds"] for line in read(tmp_path)] == [20, 3]
-    monkeypatch.setattr("cifar.report.versions", lambda: {"jax": "0.99"})
+    monkeypatch.setattr("training.environment.versions", lambda: {"jax": "0.99"})
     assert run(tmp_path, *options) == 0
     assert len(read(tmp_path)) == 3
 

@@ -6,8 +6,8 @@ import optax
 import pytest
 from flax import nnx
 
-from cifar import programs, recipes, training
-from tiny import Tiny, close, make_data, prepare, start
+from images import programs, recipes
+from tiny import Tiny, close, end_results, fit, make_data, prepare, start
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -24,11 +24,11 @@ def alone_and_together(tx, *, seeds=(0, 7, 3), make_model=None):
     others = [start(tx, images, seeds=(seed,), **kwargs) for seed in seeds[1:]]
     alone = []
     for of_seed, run in [first, *others]:
-        run = training.fit(trainer, of_seed, run, epochs=10, schedule=CONSTANT)
-        alone.append((run, training.results(trainer, run)[0]))
+        run = fit(trainer, of_seed, run, epochs=10, schedule=CONSTANT)
+        alone.append((run, end_results(trainer, run)[0]))
     trainer, of_seeds, run = prepare(tx, images, seeds=seeds, **kwargs)
-    run = training.fit(trainer, of_seeds, run, epochs=10, schedule=CONSTANT)
-    return alone, (run, training.results(trainer, run))
+    run = fit(trainer, of_seeds, run, epochs=10, schedule=CONSTANT)
+    return alone, (run, end_results(trainer, run))
 
 
 def check_alone_and_together(alone, together, tolerance: float) -> None:
@@ -72,11 +72,11 @@ def trained_on(devices: int, driver: str) -> tuple:
         devices=devices,
         driver=driver,
     )
-    run = training.fit(trainer, seeds, run, epochs=5, schedule=CONSTANT)
+    run = fit(trainer, seeds, run, epochs=5, schedule=CONSTANT)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(run.state))
     assert len(jax.tree.leaves(run.state)[0].sharding.device_set) == devices
     curves = [[m._replace(images_per_second=0) for m in h] for h in run.progress.history]
-    return curves, run.best, training.results(trainer, run)
+    return curves, run.best, end_results(trainer, run)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from PIL import Image
 
 import compare_runs
 import plot_geometry
-from cifar import recipes
-from cifar.models import MODELS
+from images import recipes
+from images.models import MODELS
 from made_runs import LAYERS, add_geometry, make_run
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -15,7 +15,7 @@ import step_report
 import step_runs
 import table_runs
 import throughput_report
-from cifar import recipes
+from images import recipes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import spherical_optax as so
-from cifar import recipes
+from images import recipes
 
 PUBLISHED = json.loads((Path(__file__).parent / "goldens" / "recipes.json").read_text())
 CELLS = [

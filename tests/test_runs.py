@@ -14,9 +14,11 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import train_cifar
-from cifar import data, models, report, runs
-from ends import assert_same_end, figures, last_arrays
+from ends import assert_same_end, last_arrays
+from ends import figures as end_figures
+from images import data, figures, models
 from tiny import Tiny, compile_once, make_data, use_tiny
+from training import runs
 
 COMMAND = Path(__file__).with_name("tiny_command.py")
 SAYS = runs.say
@@ -27,7 +29,7 @@ def tiny(compiled_quickly):
     """Trains the tiny network on tiny images, on one device, and draws nothing."""
     with pytest.MonkeyPatch.context() as patch:
         use_tiny(patch, make_data())
-        patch.setattr(report, "draw_curves", lambda path, *_, **__: path.write_bytes(b"picture"))
+        patch.setattr(figures, "draw_curves", lambda path, *_, **__: path.write_bytes(b"picture"))
         compile_once(patch)
         yield
 
@@ -304,7 +306,7 @@ def test_several_seeds(together, whole, tmp_path, monkeypatch, capsys):
         "(standard deviation) of 3 seeds."
     )
     if not together:
-        assert figures(output / "seed-3")[1] == figures(whole)[1]
+        assert end_figures(output / "seed-3")[1] == end_figures(whole)[1]
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -118,7 +118,7 @@ class Finder(PathFinder):
         return None if hidden else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 import numpy as np
-from cifar import data
+from images import data
 prepared, empty, output = sys.argv[1:]
 found = data.load("cifar10", data_dir=prepared)
 np.savez(output, **{f"{s}_{k}": v for s in ("train", "test")

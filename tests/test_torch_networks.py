@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cifar import models, recipes
+from images import models, recipes
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

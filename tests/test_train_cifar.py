@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 import train_cifar
-from cifar import data, programs, recipes, report, training
+from images import data, figures, programs, recipes
 from tiny import compile_once, make_split, use_tiny
+from training import environment
 
 SCRIPT = Path(train_cifar.__file__)
 COMMAND = Path(__file__).with_name("tiny_command.py")
@@ -131,7 +132,7 @@ def test_command_writes_its_files(folder, finished):
     assert summary["images_per_second"] == pytest.approx(2 / (1 / rates[0] + 1 / rates[1]))
     assert summary["seconds"] > sum(46 / line["images_per_second"] for line in metrics)
     assert summary["seeds_at_once"] == 1
-    assert summary["versions"].keys() == {"python", *report.PACKAGES}
+    assert summary["versions"].keys() == {"python", *environment.PACKAGES}
     assert summary["versions"]["jax"] == jax.__version__
     assert summary["device"].startswith(jax.default_backend())
     revision = summary["git_revision"]
@@ -319,14 +320,14 @@ def test_help_and_refusals_do_not_start_jax():
 @pytest.mark.parametrize("epochs", [1, 40])
 def test_curves(epochs, tmp_path):
     history = [
-        training.Metrics(e, 0.1, 2 / e, 1 - 1 / e, 3 / e, 1 - 1 / e, 100.0)
+        figures.Metrics(e, 0.1, 2 / e, 1 - 1 / e, 3 / e, 1 - 1 / e, 100.0)
         for e in range(1, epochs + 1)
     ]
     milestones = recipes.milestones(epochs, 1)
-    report.draw_curves(
+    figures.draw_curves(
         tmp_path / "curves.png",
         history,
-        training.Result(0.5, 1.0, 1) if epochs > 1 else None,
+        figures.Result(0.5, 1.0, 1) if epochs > 1 else None,
         title="title",
         schedule=recipes.step_schedule(0.1, milestones),
         milestones=milestones,

@@ -10,8 +10,9 @@ from flax import nnx
 
 import spherical_optax as so
 import train_cifar
-from cifar import recipes, report, training
-from tiny import Tiny, make_data, prepare, use_tiny
+from images import figures, recipes
+from tiny import Tiny, fit, make_data, prepare, use_tiny
+from training import loop, records
 
 SCHEDULE = optax.constant_schedule(0.1)
 AXES = recipes.spheres()
@@ -26,11 +27,11 @@ def _quickly(compiled_quickly):
 def test_an_epoch_has_the_figures_of_all_its_steps(driver):
     tx = so.with_geometry(optax.sgd(SCHEDULE, 0.9), channel_axes=AXES)
     trainer, seeds, run = prepare(tx, make_data(), batch_size=5, seeds=(0, 3), driver=driver)
-    order, key = trainer.shuffle(seeds, 1)
+    order = trainer.shuffle(seeds, 1)
     state, steps = jax.tree.map(jax.numpy.copy, run.state), []
     for index in range(0, trainer.steps, 4 if driver == "scan" else 1):
         before = jax.device_get(state.params)
-        state, batch = trainer.train(state, order, key, index)
+        state, batch = trainer.train(state, order, index)
         figures = np.asarray(batch.geometry, np.float64)
         steps.extend(figures.reshape(-1, 2, len(trainer.figures)))
         if driver == "loop":  # the first figures are of the parameters before the step
@@ -40,7 +41,7 @@ def test_an_epoch_has_the_figures_of_all_its_steps(driver):
     assert len(steps) == trainer.steps == 5
 
     epochs = []
-    training.fit(trainer, seeds, run, epochs=2, schedule=SCHEDULE, on_epoch=epochs.append)
+    fit(trainer, seeds, run, epochs=2, schedule=SCHEDULE, on_epoch=epochs.append)
     for seed in range(2):
         found = epochs[0].progress.epoch_geometry[seed]
         assert list(found) == list(trainer.figures) and len(found) == 6 * 3
@@ -55,9 +56,9 @@ def test_the_steps_before_a_stop_within_an_epoch_are_counted():
     tx = so.with_geometry(optax.sgd(SCHEDULE), channel_axes=AXES)
     trainer, seeds, run = prepare(tx, make_data(), batch_size=5)
     copy = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, run)
-    whole = training.fit(trainer, seeds, copy, epochs=1, schedule=SCHEDULE)
+    whole = fit(trainer, seeds, copy, epochs=1, schedule=SCHEDULE)
     asked = []
-    cut = training.fit(
+    cut = fit(
         trainer,
         seeds,
         run,
@@ -66,18 +67,19 @@ def test_the_steps_before_a_stop_within_an_epoch_are_counted():
         stop=lambda: asked.append(0) or len(asked) > 3,
     )
     assert cut.progress.step == 3
-    saved = json.loads(json.dumps(cut.progress._asdict()))  # as in a checkpoint
-    cut = cut._replace(progress=training.Progress(**saved))
-    end = training.fit(trainer, seeds, cut, epochs=1, schedule=SCHEDULE)
+    saved = json.loads(json.dumps(loop.to_json(cut.progress)))  # as in a checkpoint
+    progress = loop.from_json(saved, cut.progress, figures.Metrics)
+    cut = cut._replace(progress=progress)
+    end = fit(trainer, seeds, cut, epochs=1, schedule=SCHEDULE)
     assert end.progress.epoch_geometry == whole.progress.epoch_geometry
 
 
 def test_what_is_lost_of_a_file_stays_empty(tmp_path):
     path = tmp_path / "geometry.jsonl"
     path.write_text('{"epoch": 1, "a": 1.5}\n{"epo\n[3]\n{"epoch": 4, "a": 2.5}\n{"epoch": 5}')
-    lines = report.read_lines(path, 4)
+    lines = records.read_lines(path, "epoch", [1, 2, 3, 4])
     assert lines == [{"epoch": 1, "a": 1.5}, {"epoch": 2}, {"epoch": 3}, {"epoch": 4, "a": 2.5}]
-    assert report.read_lines(tmp_path / "none", 2) == [{"epoch": 1}, {"epoch": 2}]
+    assert records.read_lines(tmp_path / "none", "epoch", [1, 2]) == [{"epoch": 1}, {"epoch": 2}]
 
 
 @pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)

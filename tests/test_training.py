@@ -11,9 +11,10 @@ import optax
 import pytest
 from flax import nnx
 
-from cifar import data, programs, recipes, training
-from cifar.data import Split
-from tiny import Tiny, close, make_data, make_split, prepare
+from images import data, figures, programs, recipes
+from images.data import Split
+from tiny import Tiny, close, end_results, fit, make_data, make_split, prepare
+from training import loop
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -53,7 +54,7 @@ def test_an_epoch_uses_every_training_image_once(driver, batch_size):
         driver=driver,
     )
     for epochs in (1, 2, 3):
-        run = training.fit(trainer, of_seeds, run, epochs=epochs, schedule=CONSTANT)
+        run = fit(trainer, of_seeds, run, epochs=epochs, schedule=CONSTANT)
         for i, seed in enumerate(seeds):
             train, _ = data.validation_split(23, seed)
             expected = np.isin(np.arange(23), train) * epochs
@@ -77,13 +78,13 @@ def test_order_differs_by_epoch_and_seed_and_can_be_reproduced():
 
 
 @cache
-def compiled(driver: str) -> tuple[programs.Trainer, programs.Seeds, training.Run]:
+def compiled(driver: str) -> tuple[loop.Trainer, programs.Seeds, loop.Run]:
     """The programs that several tests run: 4 full batches and one of 2, for two seeds."""
     images = make_data(pad=2, flip=True)
     return prepare(optax.adam(1e-2), images, batch_size=5, seeds=(0, 1), driver=driver)
 
 
-def copy(run: training.Run) -> training.Run:
+def copy(run: loop.Run) -> loop.Run:
     return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, run)
 
 
@@ -92,15 +93,13 @@ def test_the_two_drivers_agree():
     for driver in calls:
         trainer, seeds, start = compiled(driver)
         on_batch = calls[driver].append
-        run = training.fit(
-            trainer, seeds, copy(start), epochs=2, schedule=CONSTANT, on_batch=on_batch
-        )
+        run = fit(trainer, seeds, copy(start), epochs=2, schedule=CONSTANT, on_batch=on_batch)
         histories = [[m._replace(images_per_second=0) for m in h] for h in run.progress.history]
         runs[driver] = run.state, run.best, histories
         # An epoch's figures are those of its last call.
         last = calls[driver][-1]
         assert run.progress.history[0][-1].train_loss == last.loss_sum[0] / 22
-        assert run.progress.history[0][-1].train_accuracy == last.correct[0] / 22
+        assert run.progress.history[0][-1].train_accuracy == last.counts["correct"][0] / 22
     assert [p.step for p in calls["loop"]] == [0, 1, 2, 3, 4, 5] * 2
     assert [p.step for p in calls["scan"]] == [0, 4, 5] * 2
     close(*runs.values(), 1e-5)  # ten steps in float32, compiled differently
@@ -119,7 +118,8 @@ def test_evaluation_covers_every_image_once(total, devices):
     trainer, _, run = prepare(
         optax.sgd(0.0), images, batch_size=22, make_model=make_model, seeds=(5, 6), devices=devices
     )
-    losses, accuracies = trainer.test(run.best)
+    scores = trainer.test(run.best)
+    losses, accuracies = scores["loss"], scores["accuracy"]
 
     x = (images.test.images / 255.0 - 0.5) / 0.25
     patches = x.reshape(total, 8, 4, 8, 4, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -161,14 +161,14 @@ def test_of_the_epochs_with_the_best_validation_accuracy_the_surest_is_tested(dr
         optax.sgd(0.0), images, batch_size=22, make_model=Clock, seeds=(0, 2), driver=driver
     )
     # An epoch has one step: the class is 2 after epochs 4 and 5; with seed 2, after 2 and 3.
-    run = training.fit(trainer, seeds, run, epochs=7, schedule=schedule)
+    run = fit(trainer, seeds, run, epochs=7, schedule=schedule)
     first, second = run.progress.history
     assert [m.epoch for m in first] == [m.epoch for m in second] == [1, 2, 3, 4, 5, 6, 7]
     assert [m.valid_accuracy for m in first] == [0, 0, 0, 1, 1, 0, 0]
     assert [m.valid_accuracy for m in second] == [0, 1, 1, 0, 0, 0, 0]
     rates = [0.1, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001]
     assert [m.learning_rate for m in first] == pytest.approx(rates)
-    results = training.results(trainer, run)
+    results = end_results(trainer, run)
     assert [(r.best_epoch, r.test_accuracy) for r in results] == [(5, 1.0), (3, 1.0)]
     for result in results:
         assert result.test_loss == pytest.approx(np.log(1 + 3 * np.exp(-10)), rel=1e-2)
@@ -183,20 +183,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(driver):
     tx = optax.scale_by_schedule(nan_after_two)
     trainer, seeds, run = prepare(tx, make_data(), batch_size=5, driver=driver)
     calls = []
-    run = training.fit(
+    run = fit(
         trainer, seeds, run, epochs=9, schedule=CONSTANT, on_batch=lambda p: calls.append(p.step)
     )
     # The third update makes the parameters NaN, so the fourth loss is the first NaN.
     assert run.progress.failed == ["the training loss is nan at step 4 of epoch 1"]
     assert calls == ([0, 1, 2, 3] if driver == "loop" else [0])
-    assert training.results(trainer, run) == [None]
+    assert end_results(trainer, run) == [None]
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run():
     # The third update, the last of the epoch, makes the parameters NaN after the last loss.
     tx = optax.scale_by_schedule(nan_after_two)
     trainer, seeds, run = prepare(tx, make_data(), batch_size=8)
-    run = training.fit(trainer, seeds, run, epochs=2, schedule=nan_after_two)
+    run = fit(trainer, seeds, run, epochs=2, schedule=nan_after_two)
     assert run.progress.failed == ["the validation loss is nan after epoch 1"]
     assert run.progress.history == [[]] and run.progress.epoch == 2
 
@@ -213,11 +213,11 @@ class Fragile(Tiny):
 
 
 @cache
-def trained(seeds: tuple[int, ...], driver: str) -> tuple[training.Progress, list]:
+def trained(seeds: tuple[int, ...], driver: str) -> tuple[loop.Progress, list]:
     options = {"batch_size": 11, "make_model": Fragile, "seeds": seeds, "driver": driver}
     trainer, of_seeds, run = prepare(optax.adam(1e-2), make_data(), **options)
-    run = training.fit(trainer, of_seeds, run, epochs=3, schedule=CONSTANT)
-    return run.progress, training.results(trainer, run)
+    run = fit(trainer, of_seeds, run, epochs=3, schedule=CONSTANT)
+    return run.progress, end_results(trainer, run)
 
 
 @pytest.mark.parametrize("driver", ["loop", "scan"])
@@ -232,14 +232,14 @@ def test_a_seed_that_fails_leaves_the_others_alone(driver):
 
 def test_a_run_cut_within_an_epoch_goes_on_with_the_other_driver():
     """On a GPU, a run that a CPU began."""
-    loop, seeds, start = compiled("loop")
+    cut_by, seeds, start = compiled("loop")
     scan, _, _ = compiled("scan")
-    fit = partial(training.fit, seeds=seeds, epochs=2, schedule=CONSTANT)
+    go_on = partial(fit, seeds=seeds, epochs=2, schedule=CONSTANT)
     ends = []
     for at in (3, 4, 7, 10):  # of 10 steps
         answers = iter([False] * at + [True])
-        run = fit(loop, run=copy(start), stop=lambda answers=answers: next(answers))
-        run = fit(scan, run=run)
+        run = go_on(cut_by, run=copy(start), stop=lambda answers=answers: next(answers))
+        run = go_on(scan, run=run)
         ends.append((run.state, run.best, [[m[:-1] for m in h] for h in run.progress.history]))
     for end in ends[:-1]:
         close(end, ends[-1], 1e-5)  # compiled differently
@@ -248,17 +248,17 @@ def test_a_run_cut_within_an_epoch_goes_on_with_the_other_driver():
 @pytest.mark.parametrize("driver", ["loop", "scan"])
 def test_a_run_that_is_stopped_anywhere_goes_on_to_the_same_end(driver):
     trainer, seeds, start = compiled(driver)
-    fit = partial(training.fit, trainer, seeds, epochs=3, schedule=CONSTANT)
+    train = partial(fit, trainer, seeds, epochs=3, schedule=CONSTANT)
     calls = []
-    whole = fit(copy(start), stop=lambda: calls.append(0))
+    whole = train(copy(start), stop=lambda: calls.append(0))
     for at in range(len(calls)):
         answers = iter([False] * at + [True])
-        cut = fit(copy(start), stop=lambda answers=answers: next(answers))
+        cut = train(copy(start), stop=lambda answers=answers: next(answers))
         assert (cut.progress.epoch, cut.progress.step) != (4, 0)
         # As a checkpoint keeps it.
-        saved = json.loads(json.dumps(cut.progress._asdict()))
-        saved["history"] = [[training.Metrics(*m) for m in h] for h in saved["history"]]
-        end = fit(cut._replace(progress=training.Progress(**saved)))
+        saved = json.loads(json.dumps(loop.to_json(cut.progress)))
+        progress = loop.from_json(saved, start.progress, figures.Metrics)
+        end = train(cut._replace(progress=progress))
         jax.tree.map(
             np.testing.assert_array_equal, (end.state, end.best), (whole.state, whole.best)
         )
@@ -278,13 +278,13 @@ def test_bfloat16_is_for_activations_alone():
     curves = []
     for make in (make_model, lambda seed: Tiny(4, rngs=nnx.Rngs(seed))):
         trainer, seeds, run = prepare(tx, make_data(), batch_size=11, make_model=make)
-        order, key = trainer.shuffle(seeds, 1)
-        state, batch = trainer.train(run.state, order, key, 0)
+        order = trainer.shuffle(seeds, 1)
+        state, batch = trainer.train(run.state, order, 0)
         assert batch.loss.dtype == jnp.float32
         kinds = {x.dtype for x in jax.tree.leaves(state)}
         assert kinds <= {jnp.dtype("float32"), jnp.dtype("int32")}
         run = run._replace(state=state)
-        run = training.fit(trainer, seeds, run, epochs=6, schedule=CONSTANT)
+        run = fit(trainer, seeds, run, epochs=6, schedule=CONSTANT)
         curves.append([m.train_loss for m in run.progress.history[0]])
     assert curves[0] != curves[1]
     # 8 bits of mantissa, 0.004 a rounding; what the updates make of it grows with the epochs.

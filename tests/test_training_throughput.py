@@ -13,8 +13,8 @@ from PIL import Image
 import throughput_programs
 import throughput_report
 import training_throughput
-from cifar import data, models, programs, recipes
 from flops import forward_flops
+from images import data, models, programs, recipes
 from throughput_lines import main, step_line
 from tiny import Tiny, compile_once
 
@@ -108,9 +108,9 @@ def test_what_is_measured_is_the_trainer(tiny, monkeypatch):
     def spy(*args, **kwargs):
         trainer = compile_trainer(*args, **kwargs, driver="scan")
 
-        def train(state, order, key, index):
-            after, batches = trainer.train(state, order, key, index)
-            calls.append((index, order.shape, batches.loss.shape))
+        def train(state, order, index):
+            after, batches = trainer.train(state, order, index)
+            calls.append((index, order[0].shape, batches.loss.shape))
             return after, batches
 
         return trainer._replace(train=train)

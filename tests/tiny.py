@@ -9,8 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from cifar import data, models, programs, training
-from cifar.data import DataSet, Split
+from images import data, figures, models, programs
+from images.data import DataSet, Split
+from training import loop
 
 
 class Tiny(nnx.Module):
@@ -56,9 +57,9 @@ def make_tiny(seed: int) -> Tiny:
 
 
 def start(tx, images, *, seeds=(0,), make_model=make_tiny, **_) -> tuple:
-    """What `training.fit` takes, but for the trainer."""
+    """What `fit` takes, but for the trainer."""
     mesh = programs.make_mesh(jax.devices()[:1])
-    return training.start_run(make_model, tx, seeds, len(images.train.labels), mesh)[1:]
+    return programs.start_run(make_model, tx, seeds, len(images.train.labels), mesh)[1:]
 
 
 def prepare(
@@ -70,15 +71,24 @@ def prepare(
     seeds: tuple[int, ...] = (0,),
     driver: str | None = None,
     devices: int = 1,
-) -> tuple[programs.Trainer, programs.Seeds, training.Run]:
-    """What `training.fit` takes."""
+) -> tuple[loop.Trainer, programs.Seeds, loop.Run]:
+    """What `fit` takes."""
     mesh = programs.make_mesh(jax.devices()[:devices])
     total = len(images.train.labels)
-    graphdef, of_seeds, run = training.start_run(make_model, tx, seeds, total, mesh)
+    graphdef, of_seeds, run = programs.start_run(make_model, tx, seeds, total, mesh)
     trainer = programs.compile_trainer(
         graphdef, tx, images, of_seeds, run.state, batch_size=batch_size, mesh=mesh, driver=driver
     )
     return trainer, of_seeds, run
+
+
+def fit(trainer, seeds, run, *, epochs, schedule, **options) -> loop.Run:
+    """Train on images with this learning rate in the lines."""
+    return loop.fit(trainer, seeds, run, figures.task(schedule), epochs=epochs, **options)
+
+
+def end_results(trainer: loop.Trainer, run: loop.Run) -> list[figures.Result | None]:
+    return loop.results(trainer, run, figures.task(optax.constant_schedule(0.1)))
 
 
 def use_tiny(patch: pytest.MonkeyPatch, images: DataSet | None = None) -> None:

@@ -7,7 +7,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
     import train_cifar
-    from cifar import data, models
+    from images import data, models
     from tiny import Tiny, make_data
 
     models.MODELS["resnet20"] = Tiny

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cifar.recipes import DATASETS
-from cifar.sources import DataError, Split, read_digits, read_folder, read_tfds
+from images.recipes import DATASETS
+from images.sources import DataError, Split, read_digits, read_folder, read_tfds
 
 Channels = tuple[float, float, float]
 

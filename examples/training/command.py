@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
+class Refused(Exception):
+    """What is asked for cannot be done; the message says why."""
+
+
 def make_parser(prog: str, usage: str, description: str | None, epilog: str) -> Any:
     """A parser that keeps the lines of its texts and takes no abbreviations."""
     return argparse.ArgumentParser(

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cifar.command import make_parser
-from cifar.files import replace_file
+from training.command import Refused, make_parser
+from training.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,10 +24,6 @@ ASIDE = ("seeds", "seeds_at_once", "geometry")  # these do not change a run
 
 Arguments = dict[str, Any]
 Run = TypeVar("Run")
-
-
-class Refused(Exception):
-    """The runs cannot be drawn as asked; the message says why."""
 
 
 def outcome(prog: str, command: Callable[[], object]) -> int:

@@ -22,9 +22,11 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-import spherical_optax as so
-from cifar.data import DataSet, Split, augment, normalise
+from images.data import DataSet, Split, augment, normalise, validation_split
+from training import geometry
+from training.loop import Batch, Run, Scores, Trainer, first_progress
 
+COUNTS, SCORES = ("correct",), ("loss", "accuracy")  # of a batch; of an evaluation
 EVALUATION_BATCH = 1250  # divides the validation and test splits of CIFAR
 
 
@@ -43,38 +45,12 @@ class Network(NamedTuple):
     batch_stats: nnx.State
 
 
-class Batch(NamedTuple):
-    """Figures of one batch, or of several along leading axes."""
-
-    loss: jax.Array  # mean cross-entropy in nats, float32
-    correct: jax.Array  # number of images, int32
-    geometry: jax.Array  # float32 [figures], as `Trainer.figures` names them
-
-
 class Seeds(NamedTuple):
     """What the seeds of a program differ in from the outset, along a leading axis."""
 
     key: jax.Array  # of order and augmentation
     train: jax.Array  # int32 [seeds, images]: the places of the images to train on
     valid: jax.Array  # int32 [seeds, images]: those for validation
-
-
-class Trainer(NamedTuple):
-    """The compiled programs of a training. `steps` is of an epoch, `images` of its training.
-
-    `figures` names what an optimizer that is wrapped in `with_geometry` measures.
-    """
-
-    images: int
-    steps: int
-    batch_size: int
-    figures: tuple[str, ...]
-    compile_seconds: float
-    shuffle: Callable[[Seeds, int], tuple[jax.Array, jax.Array]]
-    train: Callable[[TrainState, jax.Array, jax.Array, int], tuple[TrainState, Batch]]
-    validate: Callable[[Network, Seeds], tuple[list[float], list[float]]]
-    test: Callable[[Network], tuple[list[float], list[float]]]
-    choose: Callable[[np.ndarray, Network, Network], Network]
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
@@ -94,6 +70,43 @@ def split_model(
     """The static part of a model, and its initial state for the step function."""
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     return graphdef, TrainState(params, batch_stats, tx.init(params))
+
+
+def start_run(
+    make_model: Callable[[int], nnx.Module],
+    tx: optax.GradientTransformation,
+    seeds: Sequence[int],
+    images: int,
+    mesh: Mesh,
+) -> tuple[nnx.GraphDef, Seeds, Run]:
+    """Begin a run of several seeds.
+
+    Args:
+      make_model: gives the model with the initial weights of a seed.
+      tx: the optimizer.
+      seeds: of validation split, initial weights, order and augmentation; at least one.
+      images: number of training images of the data set, those for validation included.
+      mesh: from `make_mesh`.
+    """
+    split = [split_model(make_model(seed), tx) for seed in seeds]
+    # The model's init starts from the seed's own key.
+    keys = [jax.random.key_data(jax.random.split(jax.random.key(seed))[1]) for seed in seeds]
+    places = [validation_split(images, seed) for seed in seeds]
+    # Through NumPy, because only that can be put on the devices of other processes.
+    state, key, train, valid = jax.device_put(
+        jax.tree.map(
+            lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]),
+            *[(s, k, *p) for (_, s), k, p in zip(split, keys, places, strict=True)],
+        ),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    of_seeds = Seeds(jax.random.wrap_key_data(key), train, valid)
+    best = jax.tree.map(jnp.copy, _network(state))
+    return split[0][0], of_seeds, Run(state, best, first_progress(len(seeds), COUNTS, SCORES))
+
+
+def _network(state: TrainState) -> Network:
+    return Network(state.params, state.batch_stats)
 
 
 def epoch_order(
@@ -155,9 +168,8 @@ def make_step(
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        figures = [*_geometry(opt_state).values()]
-        measured = jnp.stack(figures) if figures else jnp.zeros(0)
-        return TrainState(params, batch_stats, opt_state), Batch(loss, correct, measured)
+        batch = Batch(loss, {"correct": correct}, geometry.measured(opt_state))
+        return TrainState(params, batch_stats, opt_state), batch
 
     return step
 
@@ -228,11 +240,11 @@ def compile_trainer(
     )
     run_last = compiled(last, *args, donate=0) if rest else run_full
 
-    def train(state, order, key, index):
+    def train(state, order, index):
         program = run_last if index == full else run_full
         if driver == "scan" and 0 < index < full:
             program = run_one
-        return program(state, train_split, order, key, index)
+        return program(state, train_split, *order, index)
 
     def choose(better, new, old):
         def of_leaf(new, old):
@@ -240,20 +252,21 @@ def compile_trainer(
 
         return jax.tree.map(of_leaf, new, old)
 
-    network = Network(state.params, state.batch_stats)
+    network = _network(state)
     count = len(seeds.key), len(data.test.labels)
     everything = jax.device_put(np.broadcast_to(np.arange(count[1], dtype=np.int32), count), whole)
     validate = _compile_evaluation(graphdef, data, network, train_split, seeds.valid, mesh)
     test = _compile_evaluation(graphdef, data, network, test_split, everything, mesh)
     choose = compiled(choose, np.ones(count[0], bool), network, network, donate=2)
     return Trainer(
-        images=images,
+        items=images,
         steps=steps_per_epoch(images, batch_size),
         batch_size=batch_size,
-        figures=tuple(_geometry(state.opt_state)),
+        figures=geometry.names(state.opt_state),
         compile_seconds=time.perf_counter() - began,
         shuffle=shuffle,
         train=train,
+        network=_network,
         validate=lambda network, seeds: validate(network, seeds.valid),
         test=lambda network: test(network, everything),
         choose=choose,
@@ -267,7 +280,7 @@ def _compile_evaluation(
     split: Split,
     places: jax.Array,
     mesh: Mesh,
-) -> Callable[[Network, jax.Array], tuple[list[float], list[float]]]:
+) -> Callable[[Network, jax.Array], Scores]:
     """An evaluation with running statistics of `places` of `split`: mean loss and accuracy."""
     count = places.shape[1]
     batch_size = min(EVALUATION_BATCH, max(64, count))
@@ -287,17 +300,13 @@ def _compile_evaluation(
     )
     compiled = mapped.lower(network, split, places, 0).compile()
 
-    def evaluate(network: Network, places: jax.Array) -> tuple[list[float], list[float]]:
+    def evaluate(network: Network, places: jax.Array) -> Scores:
         starts = range(0, count, batch_size)
         parts = jax.device_get([compiled(network, split, places, start) for start in starts])
         means = np.asarray(parts, np.float64).sum(axis=0) / count
-        return means[0].tolist(), means[1].tolist()
+        return dict(zip(SCORES, means.tolist(), strict=True))
 
     return evaluate
-
-
-def _geometry(opt_state: optax.OptState) -> dict[str, jax.Array]:
-    return so.geometry(opt_state) if isinstance(opt_state, so.WithGeometryState) else {}
 
 
 def _losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

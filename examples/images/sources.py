@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from training.command import Refused
+
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
@@ -30,7 +32,7 @@ class Split(NamedTuple):
     labels: np.ndarray
 
 
-class DataError(Exception):
+class DataError(Refused):
     """The data cannot be had; the message is one sentence for the user."""
 
 

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cifar.signals import StopSignals
+from training.command import Refused
+from training.signals import StopSignals
 
 T = TypeVar("T")
 
 
-class JoinError(Exception):
+class JoinError(Refused):
     """The processes cannot find each other; the message says why."""
 
 
@@ -62,7 +63,7 @@ def in_turn(load: Callable[[], T]) -> T:
 
 
 def make_stop(signals: StopSignals) -> Callable[[], bool]:
-    """What `training.fit` asks before each step: whether a signal asked to stop there.
+    """What `loop.fit` asks before each step: whether a signal asked to stop there.
 
     Several processes must stop at the same step, so each is told what any of them was asked.
     """

@@ -1,1 +1,0 @@
-"""The parts of train_cifar.py: data, models, recipes, training, report."""

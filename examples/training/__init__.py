@@ -1,0 +1,1 @@
+"""A run's life, for any example: options, loop, checkpoints, files, several processes."""
