@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXAMPLES = """\
-A run is a directory that train_cifar.py wrote, finished or not. Runs that differ in nothing but the
-seed are drawn as one line, their mean, in a band of one sample deviation to either side.
+A run is a directory that train_cifar.py or train_lm.py wrote, finished or not. Runs that differ in
+nothing but the seed are drawn as one line, their mean, in a band of one sample deviation to either
+side.
 
 examples:
   python examples/compare_runs.py runs/adam runs/adamsrt
@@ -51,15 +52,58 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 
 
+class Judge(NamedTuple):
+    """By what the runs of an example are judged."""
+
+    unit: str  # of their lines
+    valid: str  # fields of a line,
+    result: str  # and of a summary
+    most: float  # that these can be
+    scale: float  # what they are multiplied by
+    digits: int
+    best: Callable[[Sequence[float]], float]
+    label: str  # of the axis
+    after: str  # a result's unit
+    columns: tuple[str, str]  # of the text: the result, and the best on the way
+
+
+IMAGES = Judge(
+    unit="epoch",
+    valid="valid_accuracy",
+    result="test_accuracy",
+    most=1,
+    scale=100,
+    digits=2,
+    best=max,
+    label="validation accuracy (%)",
+    after=" %",
+    columns=("test accuracy (%)", "best validation (%)"),
+)
+TEXT = Judge(
+    unit="step",
+    valid="valid_loss",
+    result="valid_loss",
+    most=sys.float_info.max,
+    scale=1,
+    digits=4,
+    best=min,
+    label="validation loss (nats per byte)",
+    after="",
+    columns=("validation loss", "lowest so far"),
+)
+
+
 class Run(NamedTuple):
-    """One seed's training; accuracies are in %, losses in nats, curves by epoch."""
+    """One seed's training; accuracies are in %, losses in nats, curves by epoch or evaluation."""
 
     directory: Path
     arguments: Arguments  # without the seed
     seed: Any
+    judge: Judge
+    every: int  # epochs or steps between the places of the curves
     train_loss: list[float]
-    valid_accuracy: list[float]
-    test_accuracy: float | None  # None: the run is not finished
+    valid: list[float]
+    result: float | None  # None: the run is not finished
 
 
 Group = list[Run]  # the runs that differ in nothing but the seed
@@ -92,27 +136,30 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
 
 def _read_run(directory: Path) -> Run | None:
     arguments = read_arguments(directory)
-    epochs = read_epochs(directory / METRICS)
-    for line, epoch in enumerate(epochs, 1):
-        place = f"{directory / METRICS}, line {line}"
-        check_number(place, epoch, "train_loss", sys.float_info.max)
-        check_number(place, epoch, "valid_accuracy", 1)
+    judge = IMAGES if "epochs" in arguments else TEXT
+    lines = read_epochs(directory / METRICS)
+    for number, line in enumerate(lines, 1):
+        place = f"{directory / METRICS}, line {number}"
+        check_number(place, line, "train_loss", sys.float_info.max)
+        check_number(place, line, judge.valid, judge.most)
 
     path = directory / SUMMARY
-    test_accuracy = None
+    result = None
     if path.exists():
         summary = read_object(path)
-        check_number(str(path), summary, "test_accuracy", 1)
-        test_accuracy = 100 * summary["test_accuracy"]
-    if not epochs:
+        check_number(str(path), summary, judge.result, judge.most)
+        result = judge.scale * summary[judge.result]
+    if not lines:
         return None
     return Run(
         directory,
         {key: value for key, value in arguments.items() if key != "seed"},
         arguments["seed"],
-        [epoch["train_loss"] for epoch in epochs],
-        [100 * epoch["valid_accuracy"] for epoch in epochs],
-        test_accuracy,
+        judge,
+        lines[0][judge.unit],
+        [line["train_loss"] for line in lines],
+        [judge.scale * line[judge.valid] for line in lines],
+        result,
     )
 
 
@@ -126,6 +173,11 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
     groups: dict[frozenset[tuple[str, Any]], dict[Any, Run]] = {}
     for run in runs:
+        if (run.judge, run.every) != (runs[0].judge, runs[0].every):
+            raise Refused(
+                f"{runs[0].directory} has a line every {runs[0].every} {runs[0].judge.unit}(s) and "
+                f"{run.directory} every {run.every} {run.judge.unit}(s): they cannot be compared"
+            )
         seeds = groups.setdefault(frozenset(run.arguments.items()), {})
         other = seeds.setdefault(run.seed, run)
         if other is run:
@@ -142,7 +194,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _is_finished(run: Run) -> bool:
-    return run.test_accuracy is not None
+    return run.result is not None
 
 
 def _arguments(groups: Sequence[Group]) -> list[Arguments]:
@@ -157,33 +209,38 @@ def title(groups: Sequence[Group]) -> str:
 def label(group: Group, groups: Sequence[Group]) -> str:
     """The optimizer, what else tells the group from the others, n, and the test accuracy."""
     n, test = _n_and_test(group)
-    name = name_run(group[0].arguments, _arguments(groups))
-    return f"{name} (n = {n})" + (f": test {test} %" if test else "")
+    name, judge = name_run(group[0].arguments, _arguments(groups)), group[0].judge
+    what = judge.result.replace("_accuracy", "").replace("valid_", "")
+    return f"{name} (n = {n})" + (f": {what} {test}{judge.after}" if test else "")
 
 
 def _n_and_test(group: Group) -> tuple[str, str]:
-    """The number of runs, and their test accuracy if all are finished."""
-    tests = [run.test_accuracy for run in group if run.test_accuracy is not None]
+    """The number of runs, and their results if all are finished."""
+    tests = [run.result for run in group if run.result is not None]
     if len(tests) == len(group):
-        return str(len(group)), _mean_deviation(tests)
+        return str(len(group)), _mean_deviation(tests, group[0].judge)
     return f"{len(group)}, {len(group) - len(tests)} unfinished", ""
 
 
-def _mean_deviation(values: Sequence[float]) -> str:
-    mean = f"{np.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2f}"
+def _mean_deviation(values: Sequence[float], judge: Judge) -> str:
+    mean = f"{np.mean(values):.{judge.digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1):.{judge.digits}f}"
 
 
 def text_table(groups: Sequence[Group]) -> str:
     """What is common, and a line for each group with every argument in which they differ."""
-    keys = [key for key in differing(_arguments(groups)) if key not in ("optimizer", "epochs")]
-    rows = [["optimizer", *keys, "n", "epochs", "test accuracy (%)", "best validation (%)"]]
+    judge, every = groups[0][0].judge, groups[0][0].every
+    length = f"{judge.unit}s"
+    keys = [key for key in differing(_arguments(groups)) if key not in ("optimizer", length)]
+    rows = [["optimizer", *keys, "n", length, *judge.columns]]
     for group in groups:
         arguments, (n, test) = group[0].arguments, _n_and_test(group)
-        done = [len(run.train_loss) for run in group]
+        done = [every * len(run.train_loss) for run in group]
         epochs = f"{min(done)}" if min(done) == max(done) else f"{min(done)} to {max(done)}"
-        best = _mean_deviation([max(run.valid_accuracy) for run in group])
-        of = "" if test else f" of {arguments['epochs']}"
+        best = _mean_deviation([judge.best(run.valid) for run in group], judge)
+        of = "" if test else f" of {arguments[length]}"
         values = [str(arguments.get(key)) for key in ("optimizer", *keys)]
         rows.append([*values, n, epochs + of, test, best])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -203,11 +260,12 @@ def mean_and_deviation(curves: Sequence[Sequence[float]]) -> tuple[np.ndarray, n
 
 
 def draw(groups: Sequence[Group]) -> Figure:
-    """Draw training loss and validation accuracy over the epochs, and again over the last third."""
+    """Draw training loss and validation over the epochs or steps, and again over the last third."""
     # Imported here, so that --help and a refusal do not wait for it.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    judge, every = groups[0][0].judge, groups[0][0].every
     last = max(len(run.train_loss) for group in groups for run in group)
     starts = [0, last * 2 // 3] if last >= ZOOM_FROM else [0]
     width = 5 + 4 * len(starts)  # inches, as the height
@@ -219,30 +277,31 @@ def draw(groups: Sequence[Group]) -> Figure:
     figure.suptitle(textwrap.fill(title(groups), 9 * width), parse_math=False)
     axes = figure.subplots(2, len(starts), sharex="col", squeeze=False)
     for i, group in enumerate(groups):
-        curves = [run.train_loss for run in group], [run.valid_accuracy for run in group]
+        curves = [run.train_loss for run in group], [run.valid for run in group]
         for row, (mean, deviation) in zip(axes, map(mean_and_deviation, curves), strict=True):
             for ax, start in zip(row, starts, strict=True):
-                _draw_group(ax, mean[start:], deviation[start:], start, last, i, len(groups))
+                _draw_group(ax, mean, deviation, (start, last, every), i, len(groups))
     for ax, start in zip(axes[0], starts, strict=True):
         pad = max(0.5, 0.03 * (last - start))
-        ax.set_xlim(start + 1 - pad, last + pad)
+        ax.set_xlim(every * (start + 1 - pad), every * (last + pad))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for ax in axes.flat:
         ax.grid(alpha=0.3)
     for ax in axes[0, 1:]:
-        ax.set_title("last third of the epochs", fontsize="medium")
+        ax.set_title(f"last third of the {judge.unit}s", fontsize="medium")
 
-    loss_axes, accuracy_axes = axes
+    loss_axes, valid_axes = axes
     loss_axes[0].set_ylabel("training loss (nats)")
     lowest = min(line.get_ydata().min() for line in loss_axes[0].lines)
     if lowest > 0:
         loss_axes[0].set_yscale("log")
         # A band that reaches zero must not stretch the axis.
         loss_axes[0].set_ylim(bottom=max(loss_axes[0].get_ylim()[0], lowest / 2))
-    accuracy_axes[0].set_ylabel("validation accuracy (%)")
-    for ax in accuracy_axes:
-        ax.set_ylim(top=min(ax.get_ylim()[1], 101))
-        ax.set_xlabel("epoch")
+    valid_axes[0].set_ylabel(judge.label)
+    for ax in valid_axes:
+        if judge is IMAGES:
+            ax.set_ylim(top=min(ax.get_ylim()[1], 101))
+        ax.set_xlabel(judge.unit)
     figure.legend(
         loss_axes[0].lines,
         labels,
@@ -258,10 +317,26 @@ def draw(groups: Sequence[Group]) -> Figure:
 
 
 def _draw_group(
-    ax: Any, mean: np.ndarray, deviation: np.ndarray, start: int, last: int, i: int, count: int
+    ax: Any,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    places: tuple[int, int, int],
+    i: int,
+    count: int,
 ) -> None:
-    """Draw line and band of group i of count, from epoch start + 1 on."""
-    epochs = np.arange(start + 1, start + 1 + len(mean))
+    """Draw line and band of group i of count, from one place of its curve to another.
+
+    Args:
+      ax: where.
+      mean: of the curves.
+      deviation: of the curves.
+      places: the first to be drawn, the last there is, and what a place counts for on the axis.
+      i: the number of the group.
+      count: of groups.
+    """
+    start, last, every = places
+    mean, deviation = mean[start:], deviation[start:]
+    epochs = every * np.arange(start + 1, start + 1 + len(mean))
     color = COLORS[i % len(COLORS)]
     step = math.ceil((last - start) / 12)  # epochs between markers
     ax.plot(

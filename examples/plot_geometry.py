@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+import language.recipes as of_text
 from images import recipes
 from training.command import one_of, several
 from training.run_pictures import (
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXAMPLES = """\
-A run is a directory that train_cifar.py --geometry wrote, finished or not. Each line is a layer:
-the mean over its groups and over the steps of an epoch, the darker the nearer to the input.
+A run is a directory that train_cifar.py or train_lm.py wrote with --geometry, finished or not. Each
+line is a layer: the mean over its groups and over the steps of an epoch (of an evaluation, with
+train_lm.py), the darker the nearer to the input.
 
 Beside the angle per step stands the one that is predicted for random gradients at the epoch's
 learning rate, once weight decay and steps keep the radius in balance. It takes adamw some
@@ -84,6 +86,8 @@ class Run(NamedTuple):
     layers: list[str]  # in the network's order
     curves: dict[str, dict[str, np.ndarray]]  # by measure and layer
     predicted: np.ndarray | None  # angle per step, by epoch
+    places: np.ndarray  # the epochs, or steps of a language model
+    on_text: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +102,8 @@ def _plot(args: argparse.Namespace) -> None:
     runs = find_runs(args.directories)
     if len(runs) > MOST:
         raise Refused(f"{len(runs)} runs are too many to be read side by side: name up to {MOST}")
+    if len({run.on_text for run in runs}) > 1:
+        raise Refused("runs on images and on text have no axis in common: draw them apart")
     write_picture(args.output, draw(runs, args.measures))
     count = "1 run is" if len(runs) == 1 else f"{len(runs)} runs are"
     print(f"The curves of {count} in {args.output}.", flush=True)
@@ -150,7 +156,11 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
 
 def _read_run(directory: Path) -> Run | None:
     arguments, place = read_arguments(directory), str(directory / ARGUMENTS)
-    for key, known in (("model", recipes.MODELS), ("optimizer", recipes.OPTIMIZERS)):
+    on_text = "epochs" not in arguments
+    models, optimizers = recipes.MODELS, recipes.OPTIMIZERS
+    if on_text:
+        models, optimizers = tuple(of_text.ARCHITECTURES), of_text.OPTIMIZERS
+    for key, known in (("model", models), ("optimizer", optimizers)):
         if arguments[key] not in known:
             raise Refused(f"{place}: damaged, unknown {key} {arguments[key]!r}")
     check_number(place, arguments, "weight_decay", sys.float_info.max)
@@ -179,11 +189,18 @@ def _read_run(directory: Path) -> Run | None:
             if measure != OF_MOMENTUM or key in keys:
                 curve = [_figure(path, line, e, key) for line, e in enumerate(measured, 1)]
                 curves.setdefault(measure, {})[layer] = drawn.unit * np.array(curve[:epochs])
-    setting = (str(arguments[key]) for key in ("dataset", "model", "optimizer"))
-    recipe = recipes.recipe(*setting)[0]._replace(weight_decay=arguments["weight_decay"])
+    decay = arguments["weight_decay"]
+    if on_text:
+        recipe = recipes.Recipe(0.0, decay, b1=of_text.B1)
+    else:
+        setting = (str(arguments[key]) for key in ("dataset", "model", "optimizer"))
+        recipe = recipes.recipe(*setting)[0]._replace(weight_decay=decay)
     rates = np.array([epoch["learning_rate"] for epoch in metrics[:epochs]])
     predicted = predicted_angle(arguments["optimizer"], recipe, rates)
-    return Run(directory, arguments, layers, curves, predicted)
+    if on_text and arguments["optimizer"] == "rotational":
+        predicted = rates  # its learning rate is the angle
+    places = [epoch.get("epoch", epoch.get("step")) for epoch in metrics[:epochs]]
+    return Run(directory, arguments, layers, curves, predicted, np.array(places), on_text)
 
 
 def _unstacked(epoch: dict[str, Any]) -> dict[str, Any]:
@@ -201,9 +218,12 @@ def _unstacked(epoch: dict[str, Any]) -> dict[str, Any]:
 def _depth(layer: str) -> tuple[int, list[tuple[int, str]]]:
     """Sorts the layers of the networks of `models` from the first to the last.
 
-    The file has them as text: 10 before 2, and `conv1`, the first, after all `blocks`.
+    The file has them as text: 10 before 2, and `conv1`, the first, after all `blocks`. A stack's
+    layers are numbered at the end.
     """
     parts = layer.split("/")
+    if parts[-1].isdecimal():
+        parts = [parts[-1], *parts[:-1]]
     return len(parts), [(int(p) if p.isdecimal() else -1, p) for p in parts]
 
 
@@ -258,7 +278,7 @@ def draw(runs: Sequence[Run], measures: Sequence[str] = DEFAULT) -> Figure:
     for ax, heading in zip(axes[0], headings, strict=True):
         ax.set_title(heading, fontsize="medium").set_parse_math(False)
     for ax in axes[-1]:
-        ax.set_xlabel("epoch")
+        ax.set_xlabel("step" if runs[0].on_text else "epoch")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
     for ax in axes.flat:
         ax.grid(alpha=0.3)
@@ -277,7 +297,7 @@ def _draw_layers(ax: Any, run: Run, measure: str, depths: Any) -> None:
         ax.text(0.5, 0.5, note, ha="center", va="center", transform=ax.transAxes, fontsize="small")
         return
     curves = run.curves[measure]
-    epochs = np.arange(1, 1 + len(next(iter(curves.values()))))
+    epochs = run.places
     mark = {"marker": "." if len(epochs) == 1 else ""}  # a line through one point is invisible
     for layer, curve in curves.items():
         depth = run.layers.index(layer) / max(1, len(run.layers) - 1)

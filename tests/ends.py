@@ -12,10 +12,11 @@ def figures(output: Path) -> tuple:
     """What does not depend on the clock."""
     summary = json.loads((output / "summary.json").read_text())
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["images_per_second"]
-    names = ("test_accuracy", "test_loss", "best_epoch", "arguments")
-    return [summary[name] for name in names], lines
+    for line in (summary, *lines):
+        for name in [name for name in line if name.endswith("_per_second")]:
+            del line[name]
+    of_clock_and_place = ("seconds", "compile_seconds", "versions", "device", "git_revision")
+    return {k: v for k, v in summary.items() if k not in of_clock_and_place}, lines
 
 
 def last_arrays(output: Path) -> dict[str, np.ndarray]:

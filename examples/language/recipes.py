@@ -64,6 +64,11 @@ def kernels() -> so.ByPath:
     return so.by_path({ATTENTION: HEADS, MATRICES: LAYERS})
 
 
+def layers(path: str, leaf: Any) -> int | None:
+    """The axis of the layers of a stack, for `with_geometry`'s `keep`."""
+    return 0 if "blocks" in path else None
+
+
 def invariant_kernels(style: Architecture) -> so.ByPath:
     """The radially invariant kernels of an architecture.
 

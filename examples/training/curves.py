@@ -39,6 +39,7 @@ def draw(
     rates: Sequence[float],
     edges: Sequence[float],
     milestones: Sequence[float],
+    log_rates: bool = True,
 ) -> None:
     """Draw panels above each other, and below them the learning rate, whole or not at all.
 
@@ -52,6 +53,7 @@ def draw(
       rates: learning rates.
       edges: the places between which each of them holds, so one more.
       milestones: the places at which the learning rate is lowered.
+      log_rates: whether its axis is logarithmic.
     """
     figure = Figure(figsize=(7, 2 + 3 * len(panels)), layout="constrained")
     figure.suptitle(title)
@@ -83,7 +85,7 @@ def draw(
         )
 
     rate_axes.stairs(rates, edges, baseline=None, color="black", linewidth=1.5)
-    if min(rates) > 0:
+    if log_rates and min(rates) > 0:
         rate_axes.set_yscale("log")
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_xlabel(unit)

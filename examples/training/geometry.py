@@ -12,14 +12,27 @@ import spherical_optax as so
 
 
 def names(opt_state: optax.OptState) -> tuple[str, ...]:
-    """The names of the figures; none where the optimizer is not wrapped in `with_geometry`."""
-    return tuple(_figures(opt_state))
+    """The names of the figures; none where the optimizer is not wrapped in `with_geometry`.
+
+    Those of a stack's layers are numbered, `blocks/kernel/0/angle/mean`.
+
+    Args:
+      opt_state: of several seeds, along a leading axis.
+    """
+    every = []
+    for name, figures in _figures(opt_state).items():
+        leaf, measure, statistic = name.rsplit("/", 2)
+        layers = range(figures.shape[1]) if figures.ndim > 1 else [None]
+        for layer in layers:
+            place = leaf if layer is None else f"{leaf}/{layer}"
+            every.append(f"{place}/{measure}/{statistic}")
+    return tuple(every)
 
 
 def measured(opt_state: optax.OptState) -> jax.Array:
-    """The figures of the last step in the order of their names, float32 [figures]."""
-    figures = [*_figures(opt_state).values()]
-    return jnp.stack(figures) if figures else jnp.zeros(0)
+    """The figures of one seed's last step in the order of their names, float32 [figures]."""
+    figures = [jnp.ravel(figure) for figure in _figures(opt_state).values()]
+    return jnp.concatenate(figures) if figures else jnp.zeros(0)
 
 
 def _figures(opt_state: optax.OptState) -> dict[str, jax.Array]:

@@ -116,24 +116,31 @@ def read_runs(directories: Sequence[Path], read: Callable[[Path], Run | None]) -
 
 
 def read_arguments(directory: Path) -> Arguments:
-    """What decides the outcome of a run."""
+    """What decides the outcome of a run; that of a language model has `SETTING` too."""
     path = directory / ARGUMENTS
     arguments = read_object(path)
-    for key in (*SETTING, "epochs", "seed", *arguments):
+    unit = "epochs"
+    if "architecture" in arguments:
+        unit, names = "steps", {"architecture": "model", "text": "dataset"}
+        arguments = {names.get(key, key): value for key, value in arguments.items()}
+        arguments.pop("text_sha256", None)
+    for key in (*SETTING, unit, "seed", *arguments):
         if not isinstance(arguments.get(key, []), str | int | float | None):
             raise Refused(f"{path}: damaged, {key} is missing or no plain value")
     return {key: value for key, value in arguments.items() if key not in ASIDE}
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that has one for each epoch, from the first on."""
+    """The lines of a file that has one for each epoch, or so many steps, from the first on."""
     *lines, last = _text(path).split("\n")
     epochs = [_object(path, text, line) for line, text in enumerate(lines, 1)]
     with contextlib.suppress(Refused):  # the last line may be torn: of a run under way, or killed
         epochs.append(_object(path, last))
+    every = epochs[0].get("step") if epochs else None  # of a language model
+    unit, every = ("epoch", 1) if not isinstance(every, int) else ("step", every)
     for line, epoch in enumerate(epochs, 1):
-        if epoch.get("epoch") != line:
-            raise Refused(f"{path}, line {line}: damaged, it is not of epoch {line}")
+        if epoch.get(unit) != every * line:
+            raise Refused(f"{path}, line {line}: damaged, it is not of {unit} {every * line}")
     return epochs
 
 

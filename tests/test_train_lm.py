@@ -1,0 +1,242 @@
+"""The command that trains a language model, and its programs on meshes."""
+
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train_lm
+from ends import assert_same_end, figures
+from language import models, programs, recipes, text
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+TINY = "--width 16 --depth 2 --heads 2 --context 8 --batch_size 8 --steps 6 --eval_every 2"
+COMMAND = [sys.executable, str(Path(train_lm.__file__))]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A directory of text whose next bytes can be guessed."""
+    directory = tmp_path_factory.mktemp("text")
+    for i in range(12):
+        (directory / f"{i}.txt").write_text("abcdefgh" * (20 + i))
+    return directory
+
+
+def run(words, options, output=None):
+    arguments = f"--text {words} {TINY} {options}" + (f" --output {output}" if output else "")
+    return train_lm.main(arguments.split())
+
+
+def stop_before(step):
+    """What asks before each step whether to stop there."""
+    calls = itertools.count(1)
+    return lambda: next(calls) == step
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(words, "--geometry", output) == 0
+    return output
+
+
+def test_it_learns_and_prints_its_validation_loss(words, capsys):
+    assert (
+        run(words, "--steps 60 --eval_every 20 --learning_rate 0.1 --adam_learning_rate 0.03") == 0
+    )
+    out = capsys.readouterr().out
+    assert re.search(r"^qwen3 of 14,\d{3} parameters with adam_h: learning rate 0\.1 ", out)
+    loss, bits = re.search(
+        r"Validation loss (\S+) \((\S+) bits per byte\) at step \d+, the lowest", out
+    ).groups()
+    assert float(loss) < math.log(256) / 3
+    assert float(bits) == pytest.approx(float(loss) / math.log(2), abs=1e-3)
+
+
+def test_it_writes_its_files(whole):
+    names = {path.name for path in whole.iterdir()}
+    files = {"arguments.json", "metrics.jsonl", "geometry.jsonl", "summary.json", "curves.png"}
+    assert names - {".lock", "checkpoints"} == files
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    measured = json.loads((whole / "geometry.jsonl").read_text().splitlines()[-1])
+    for layer in range(2):
+        assert 0 < measured[f"blocks/attention/query/kernel/{layer}/angle/mean"] < 0.1
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["valid_loss"] == min(line["valid_loss"] for line in lines)
+    assert len(summary["arguments"]["text_sha256"]) == 64
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(words, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("training.runs.make_stop", lambda signals: stop_before(4))
+        assert run(words, "--geometry", tmp_path / "run") == 143
+    assert run(words, "--geometry --resume", tmp_path / "run") == 0
+    assert_same_end(tmp_path / "run", whole)
+
+
+def test_a_checkpoint_is_restored_on_another_mesh(words, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "training.runs.make_stop", lambda signals: lambda: bool(list_of_calls.pop())
+        )
+        list_of_calls = [1, 0, 0, 0]
+        assert run(words, "--geometry --mesh data=1,fsdp=8", tmp_path / "run") == 143
+    assert run(words, "--geometry --mesh data=4,fsdp=2 --resume", tmp_path / "run") == 0
+    assert "going on after step 3" in capsys.readouterr().out
+    curves = [
+        [line["valid_loss"] for line in figures(directory)[1]]
+        for directory in (tmp_path / "run", whole)
+    ]
+    np.testing.assert_allclose(*curves, rtol=1e-4)
+
+
+def trained(shape, devices, optimizer, steps=3):
+    """Parameters and losses after some steps on a mesh, and the shardings of the state."""
+    mesh = programs.make_mesh(jax.devices()[:devices], shape)
+    style, size = recipes.ARCHITECTURES["qwen3"], models.Size(64, 16, 2, 4)
+    content = text.Text(
+        np.arange(500, dtype=np.uint8) % 64, np.arange(99, dtype=np.uint8), (1, 1), ""
+    )
+    tx = recipes.make_optimizer(
+        optimizer, style, learning_rate=0.05, adam_learning_rate=0.01, weight_decay=0.1, clip=1.0
+    )
+
+    def make_model(rngs):
+        return models.Decoder(size, style, rngs=rngs)
+
+    graphdef, keys, start = programs.start_run(make_model, tx, [0], mesh)
+    trainer = programs.compile_trainer(
+        graphdef, tx, content, keys, start.state, shape=(8, 8), steps=steps, mesh=mesh
+    )
+    state, losses = start.state, []
+    for step in range(steps):
+        state, batch = trainer.train(state, trainer.shuffle(keys, 1), step)
+        losses.append(float(batch.loss[0]))
+    return state, losses, trainer.validate(state.params, keys)["loss"]
+
+
+@pytest.mark.parametrize("optimizer", ["adam_h", "muon_h", "adam_srt"])
+def test_a_mesh_of_2_by_4_trains_as_one_device(optimizer):
+    """To the rounding of float32 and of its sums in another order."""
+    state, *of_mesh = trained((2, 4), 8, optimizer)
+    alone, *of_one = trained((1, 1), 1, optimizer)
+    for a, b in zip(of_mesh, of_one, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.split("/")[-2:-1] in (["kernel"], ["embedding"]) and "nu" not in name:
+            parts = math.prod(leaf.shape) // math.prod(leaf.addressable_shards[0].data.shape)
+            assert parts in (4, 1), name
+            assert parts == 4 or "radius" in name, name
+
+
+@pytest.mark.parametrize("optimizer, calls", [("adam_h", 2), ("adam_srt", 2)])
+def test_an_update_of_shared_parameters_gathers_none(optimizer, calls):
+    """One all-reduce is of the clip, and one of all groups' sums."""
+    mesh = programs.make_mesh(jax.devices(), (2, 4))
+    style, size = recipes.ARCHITECTURES["gemma3"], models.Size(64, 16, 2, 4)
+    tx = recipes.make_optimizer(
+        optimizer, style, learning_rate=0.05, adam_learning_rate=0.01, weight_decay=0.1, clip=1.0
+    )
+    _, _, start = programs.start_run(
+        lambda rngs: models.Decoder(size, style, rngs=rngs), tx, [0], mesh
+    )
+    state = start.state
+    places = jax.tree.map(lambda x: x.sharding, state)
+
+    def update(state, grads):
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return programs.TrainState(updates, opt_state)
+
+    mapped = jax.jit(jax.vmap(update), out_shardings=places)
+    program = mapped.lower(state, state.params).compile().as_text()
+    assert "all-gather" not in program
+    assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", program)) <= calls
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--steps 5", "--eval_every 2 does not divide --steps 5"),
+        ("--width 18 --heads 2", ""),
+        ("--width 10 --heads 2", "--width 10 is no even multiple of --heads 2"),
+        ("--optimizer adam_h --weight_decay 0.1", "--weight_decay: adam_h keeps the radius"),
+        ("--warmup_steps 6", "--warmup_steps 6 is not below --steps 6"),
+        ("--mesh data=3", "--mesh data=3,fsdp=2 is for 6 devices, not 8"),
+        ("--mesh data=2,fsdp=2", "--mesh data=2,fsdp=2 is for 4 devices, not 8"),
+        ("--mesh model=2", "'model=2' is not data=N,fsdp=M"),
+        ("--mesh data=0", "0"),
+        ("--optimizer adamh", "invalid choice: 'adamh'"),
+        ("--text /nowhere", "there is no file or directory /nowhere"),
+        ("--context 100000", "bytes for training hold no window of --context + 1"),
+        ("--resume", "--resume needs --output"),
+    ],
+)
+def test_refusals(words, options, message, capsys):
+    try:
+        code = run(words, options)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_another_text_is_another_run(words, whole, tmp_path, capsys):
+    other = tmp_path / "text"
+    other.mkdir()
+    for path in words.iterdir():
+        (other / path.name).write_text(path.read_text() + "more")
+    arguments = f"--text {other} {TINY} --geometry --resume --output {whole}"
+    assert train_lm.main(arguments.split()) == 2
+    assert "text_sha256" in capsys.readouterr().err
+
+
+def test_the_selection_is_shown_with_what_is_measured(words, capsys):
+    assert run(words, "--optimizer adam_srt --show_selection") == 0
+    chosen, measured = capsys.readouterr().out.split("Radially invariant, as measured:")
+    assert re.search(r"blocks/attention/query/kernel +2×16×2×8 +4 × 128\n", chosen)
+    assert re.search(r"blocks/attention/value/kernel +2×16×2×8 +classic\n", chosen)
+    assert re.search(r"blocks/attention/query/kernel +\S+ +4 × 128 +invariant", measured)
+
+
+def test_help_starts_no_jax():
+    code = """import sys, train_lm
+try:
+    train_lm.main(["--help"])
+finally:
+    assert "jax" not in sys.modules"""
+    environment = os.environ | {"PYTHONPATH": str(Path(train_lm.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_end(words, tmp_path):
+    """Bit for bit, on one device."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+
+    def start(output, *more):
+        options = f"--text {words} {TINY} --steps 400 --eval_every 4 --output {tmp_path / output}"
+        return subprocess.Popen([*COMMAND, *options.split(), *more], env=environment)
+
+    assert start("whole").wait() == 0
+    for _ in range(5):
+        process = start("killed", "--resume")
+        time.sleep(float(np.random.default_rng().uniform(4, 12)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start("killed", "--resume").wait() == 0
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
