@@ -38,7 +38,7 @@ ARCHITECTURES = {
     "gpt2": Architecture(
         "GPT-2",
         None,
-        "Radford et al. 2019; LayerNorm before, biases, on which of the keys nothing depends",
+        "Radford et al. 2019; LayerNorm before; biases, and nothing depends on those of the keys",
     ),
     "llama": Architecture("Llama 3", "2407.21783", "RMSNorm before"),
     "qwen3": Architecture(
@@ -89,7 +89,7 @@ ARCHITECTURES = {
         "RMSNorm before; the gated RMSNorm in front of the last projection comes after a SiLU of "
         "each of its factors, and so fixes no kernel's length",
     ),
-    "vit": Architecture("ViT", "2010.11929", "LayerNorm before, biases as in GPT-2"),
+    "vit": Architecture("ViT", "2010.11929", "LayerNorm before; biases as in GPT-2"),
     "swin2": Architecture(
         "Swin v2",
         "2111.09883",
