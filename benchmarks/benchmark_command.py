@@ -21,13 +21,13 @@ def tell(name: str, message: str) -> None:
     print(f"{name}: {message}", file=sys.stderr, flush=True)
 
 
-def outcome(name: str, output: Path, command: Callable[[], int]) -> int:
-    """Run a command; where it fails, tell why.
+def outcome(name: str, output: Path, command: Callable[[], int], lines: str = RUNS) -> int:
+    """Run a command; where it fails, tell why, and that the file `lines` of `output` is kept.
 
     Returns:
       Its exit code; 1 for an error of the system, 2 for a refusal, 130 after Ctrl-C.
     """
-    kept = f"what {output / RUNS} holds is kept"
+    kept = f"what {output / lines} holds is kept"
     try:
         return command()
     except Refused as error:
@@ -74,17 +74,21 @@ def make_directory(output: Path) -> None:
         raise Refused(f"cannot create {output}: {error.strerror}") from error
 
 
-def warn_of(broken: Iterable[int], name: str, output: Path, what: str) -> None:
-    """Tell the numbers of the lines of runs.jsonl that hold nothing of what they should."""
+def warn_of(broken: Iterable[int], name: str, output: Path, what: str, lines: str = RUNS) -> None:
+    """Tell the numbers of the lines of a file that hold nothing of what they should."""
     for number in broken:
-        tell(name, f"warning: line {number} of {output / RUNS} is no whole {what} and is ignored")
+        tell(name, f"warning: line {number} of {output / lines} is no whole {what} and is ignored")
 
 
 def report(
-    output: Path, recorded: Collection[Any], what: str, write: Callable[[Path, Any], None]
+    output: Path,
+    recorded: Collection[Any],
+    what: str,
+    write: Callable[[Path, Any], None],
+    lines: str = RUNS,
 ) -> str:
     """Make table.md and table.png from what is recorded, and say where; refuse to of nothing."""
     if not recorded:
-        raise Refused(f"there are no {what}s in {output / RUNS}")
+        raise Refused(f"there are no {what}s in {output / lines}")
     write(output, recorded)
     return f"the table is in {output / 'table.md'} and table.png"

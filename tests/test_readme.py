@@ -48,7 +48,7 @@ def test_there_are_two_shell_commands():
 
 def test_the_commands_are_found():
     examples = {"train_cifar", "compare_runs", "plot_geometry"}
-    assert {name for name, _ in COMMANDS} == examples | {"reproduce_table", *SPEED}
+    assert {name for name, _ in COMMANDS} == examples | {"reproduce_table", "atlas", *SPEED}
 
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS)
