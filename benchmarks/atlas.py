@@ -22,7 +22,7 @@ import atlas_report
 import run_lines
 from atlas_lines import LINES, MODELS, Atlas, Leaf
 from benchmark_command import make_directory, outcome, report, tell, warn_of
-from cifar.command import make_parser, one_of, several
+from training.command import make_parser, one_of, several
 
 if TYPE_CHECKING:
     import jax
@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
     make_directory(output)
     from tqdm import tqdm
 
-    from cifar.report import device_name, find_git_revision, versions
+    from training.environment import device_name, find_git_revision, versions
 
     device, revision = device_name(), find_git_revision()
     packages = {name: version for name, version in versions().items() if name in PACKAGES}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas_lines import ARCHITECTURES, KINDS, MODELS, WITH_BIAS, Atlas
-from cifar.files import replace_file
+from training.files import replace_file
 
 
 def write_report(output: Path, atlases: Sequence[Atlas]) -> None:

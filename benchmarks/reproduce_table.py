@@ -3,23 +3,17 @@
 Runs that are there already are skipped: after an interruption the same command goes on.
 """
 
-# Each cell (a setting, an optimizer and a stretch of seeds) is one call of the trainer in a process
-# of its own. JAX is never started here, so that no cell can take the others down with it and the
-# device is free between them.
+# Each cell (a setting, an optimizer and a stretch of seeds) is one call of the trainer.
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -30,6 +24,7 @@ from benchmark_command import RUNS, Refused, make_directory, outcome, report, te
 from images import recipes
 from table_cells import Cell
 from table_runs import Key, Protocol, Run
+from trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
 from training.command import make_parser, one_of, positive, several
 
 NAME = "reproduce_table.py"
@@ -41,8 +36,6 @@ examples:
   python benchmarks/reproduce_table.py --report --output runs/resnet20
 """
 TRAINER = Path(__file__).resolve().parents[1] / "examples" / "train_cifar.py"
-EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
-PATIENCE = 60  # seconds in which the trainer should end by itself after Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +51,7 @@ def _report_or_train(args: argparse.Namespace) -> int:
     try:
         if args.report:
             return _report(args.output)
-        with _noted_signals() as received:
+        with noted_signals() as received:
             return _run(args, received)
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,22 +59,6 @@ def _report_or_train(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # in --report; the training notes it
         tell(NAME, "interrupted")
         return 130
-
-
-@contextmanager
-def _noted_signals() -> Generator[list[int], None, None]:
-    """Makes Ctrl-C and SIGTERM do nothing but add themselves to the list that it yields."""
-    received: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-
-    previous = {signum: signal.signal(signum, note) for signum in EXIT_CODES}
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _run(args: argparse.Namespace, received: list[int]) -> int:
@@ -104,7 +81,7 @@ def _run(args: argparse.Namespace, received: list[int]) -> int:
     for number, cell in enumerate(cells, 1):
         if received:
             break
-        with table_cells.locked(table_cells.directory(output, cell).parent, received) as lock:
+        with locked(table_cells.directory(output, cell).parent, received) as lock:
             if received:
                 break
             if cell.keys() & _load(output, protocol).keys():
@@ -112,13 +89,13 @@ def _run(args: argparse.Namespace, received: list[int]) -> int:
                 print(f"{cell}: recorded by another command, at least in part", flush=True)
                 continue
             print(f"cell {number}/{len(cells)}: {cell}", flush=True)
-            code = _train(_command(args, cell), lock, received)
+            code = call(_command(args, cell), lock, received)
             received += [signum for signum in EXIT_CODES if code in (EXIT_CODES[signum], -signum)]
             # What was interrupted or killed stays as it is: the next start makes the same call.
             if code == 0 or (code == 1 and not received):
                 table_cells.close(output, cell)
         if not received and cell.keys() - _load(output, protocol).keys():
-            failures.append(f"{cell}: {_ending(code)}")
+            failures.append(f"{cell}: {ending(code)}")
 
     runs = _load(output, protocol)
     where = _write(output, runs) if runs else "no table yet"
@@ -148,29 +125,6 @@ def _command(args: argparse.Namespace, cell: Cell) -> list[str]:
         options["data_dir"] = args.data_dir
     arguments = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, str(TRAINER), *arguments, "--resume"]
-
-
-def _train(command: Sequence[str], lock: int, received: Sequence[int]) -> int:
-    """Runs a trainer to its end and returns its exit code, or minus the signal that killed it.
-
-    A terminal sends Ctrl-C to the trainer as well, which then ends by itself. SIGTERM is handed on;
-    it also follows a Ctrl-C that did not reach the trainer.
-    """
-    trainer = subprocess.Popen(command, pass_fds=[lock])
-    waited = 0.0
-    while trainer.poll() is None and signal.SIGTERM not in received and waited < PATIENCE:
-        with suppress(subprocess.TimeoutExpired):
-            trainer.wait(timeout=0.1)
-        waited += 0.1 if received else 0
-    if trainer.poll() is None:
-        trainer.terminate()
-    return trainer.wait()
-
-
-def _ending(code: int) -> str:
-    if code < 0:
-        return f"killed by signal {-code} ({signal.strsignal(-code)})"
-    return f"exit code {code}" if code else "exit code 0 without the results of all seeds"
 
 
 def _load(output: Path, protocol: Protocol | None = None, *, warn: bool = False) -> dict[Key, Run]:

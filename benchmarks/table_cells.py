@@ -6,14 +6,11 @@ its setting and optimizer.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
 import shutil
-import time
-from collections.abc import Generator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +18,7 @@ import run_lines
 import table_runs
 from benchmark_command import RUNS
 from table_runs import Key
+from trainer_calls import take
 
 
 class Cell(NamedTuple):
@@ -56,37 +54,6 @@ def directory(output: Path, cell: Cell) -> Path:
     """Where the trainer writes."""
     seeds = f"seeds-{cell.seeds[0]}-{cell.seeds[-1]}"
     return output / "cells" / cell.setting / cell.optimizer / seeds
-
-
-@contextmanager
-def locked(home: Path, received: Sequence[int]) -> Generator[int, None, None]:
-    """Waits for the lock of a setting and optimizer and holds it; a signal ends the waiting.
-
-    The trainer inherits the lock. If it outlives its killed parent, the next command waits for its
-    end instead of starting a second one on the same files.
-
-    Args:
-      home: the directory of the lock.
-      received: gains an element with a signal.
-    """
-    home.mkdir(parents=True, exist_ok=True)
-    lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not _take(lock):
-            print(f"waiting for another process that works in {home}", flush=True)
-            while not received and not _take(lock):
-                time.sleep(0.1)
-        yield lock
-    finally:
-        os.close(lock)
-
-
-def _take(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def close(output: Path, cell: Cell) -> None:
@@ -126,6 +93,6 @@ def tidy_up(output: Path, recorded: Set[Key], cells: Sequence[Cell]) -> None:
         in_the_way = cell not in cells and any(other[:2] == cell[:2] for other in cells)
         if in_the_way or cell.keys() & recorded:
             lock = os.open(home.parent / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-            if _take(lock):  # else a process is at work there
+            if take(lock):  # else a process is at work there
                 close(output, cell)
             os.close(lock)

@@ -51,9 +51,10 @@ if __name__ == "__main__":
     sys.path.insert(0, BENCHMARKS)
 
     import reproduce_table
+    import trainer_calls
 
     reproduce_table.TRAINER = Path(os.environ["TRAINER"])
-    reproduce_table.PATIENCE = float(os.environ["PATIENCE"])
+    trainer_calls.PATIENCE = float(os.environ["PATIENCE"])
     reproduce_table.paper_table.draw = lambda path, runs: path.write_bytes(b"picture")
     die_at(os.environ["KILL"])
     sys.exit(reproduce_table.main())
