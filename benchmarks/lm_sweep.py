@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         ("seeds", 3, "of the best learning rate of each optimizer; of the others there is one"),
         ("depth", 2, "blocks"),
         ("context", 128, "bytes that a window predicts"),
-        ("batch_size", 16, "windows in a step"),
+        ("batch_size", 8, "windows in a step"),
         ("steps", 300, "of training"),
         ("eval_every", 100, "steps between evaluations; divides --steps"),
     ):
