@@ -17,9 +17,9 @@ COMMAND = Path(__file__).with_name("tiny_command.py")
 FAST = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def start_command(arguments: str, **environment: str) -> subprocess.Popen:
+def start_command(arguments: str, command: Path = COMMAND, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(COMMAND), *arguments.split()],
+        [sys.executable, str(command), *arguments.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -33,11 +33,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start_processes(arguments: str, count: int = 2) -> list[subprocess.Popen]:
+def start_processes(
+    arguments: str, count: int = 2, command: Path = COMMAND
+) -> list[subprocess.Popen]:
     """Processes that train together, each with 4 virtual devices."""
     common = f"{arguments} --coordinator 127.0.0.1:{free_port()} --num_processes {count}"
     return [
-        start_command(f"{common} --process_id {i}", JAX_NUM_CPU_DEVICES="4") for i in range(count)
+        start_command(f"{common} --process_id {i}", command, JAX_NUM_CPU_DEVICES="4")
+        for i in range(count)
     ]
 
 

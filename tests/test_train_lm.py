@@ -18,10 +18,10 @@ import pytest
 import train_lm
 from ends import assert_same_end, figures
 from language import models, programs, recipes, text
+from test_processes import start_command, start_processes, wait_for
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TINY = "--width 16 --depth 2 --heads 2 --context 8 --batch_size 8 --steps 6 --eval_every 2"
-COMMAND = [sys.executable, str(Path(train_lm.__file__))]
 
 
 @pytest.fixture(scope="module")
@@ -223,20 +223,52 @@ finally:
     assert done.returncode == 0, done.stderr
 
 
+def in_processes(words, options, output):
+    return f"--text {words} {TINY} {options} --output {output}"
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_parameters_and_stop_together(words, tmp_path):
+    """They train as one device does, and go on from their checkpoint on another mesh."""
+    command, options = Path(train_lm.__file__), "--steps 40 --eval_every 4"
+    alone = start_command(
+        in_processes(words, options, tmp_path / "alone"), command, JAX_NUM_CPU_DEVICES="1"
+    )
+    ((code, _, err),) = wait_for([alone])
+    assert code == 0, err
+    shared = in_processes(words, f"{options} --resume", tmp_path / "shared")
+    processes = start_processes(f"{shared} --mesh data=2,fsdp=4", command=command)
+    for line in processes[0].stdout or ():
+        if line.startswith("step 8/"):
+            break
+    processes[1].send_signal(signal.SIGTERM)
+    assert [code for code, _, _ in wait_for(processes)] == [143, 143]
+    ends = wait_for(start_processes(f"{shared} --mesh data=4,fsdp=2", command=command))
+    assert [code for code, _, _ in ends] == [0, 0], ends[0][2]
+    assert "going on after step" in ends[0][1]
+    expected, found = (figures(tmp_path / name)[1] for name in ("alone", "shared"))
+    assert len(found) == len(expected) == 10
+    for line, wanted in zip(found, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_end(words, tmp_path):
     """Bit for bit, on one device."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    command = Path(train_lm.__file__)
 
-    def start(output, *more):
-        options = f"--text {words} {TINY} --steps 400 --eval_every 4 --output {tmp_path / output}"
-        return subprocess.Popen([*COMMAND, *options.split(), *more], env=environment)
+    def start(output, more=""):
+        options = f"--steps 200 --eval_every 4 --geometry {more}"
+        arguments = in_processes(words, options, tmp_path / output)
+        return start_command(arguments, command, JAX_NUM_CPU_DEVICES="1")
 
-    assert start("whole").wait() == 0
-    for _ in range(5):
+    assert wait_for([start("whole")])[0][0] == 0
+    moments = np.random.default_rng(0)
+    for _ in range(3):
         process = start("killed", "--resume")
-        time.sleep(float(np.random.default_rng().uniform(4, 12)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start("killed", "--resume").wait() == 0
+        time.sleep(moments.uniform(3, 12))
+        process.kill()
+        wait_for([process])
+    ((code, _, err),) = wait_for([start("killed", "--resume")])
+    assert code == 0, err
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
