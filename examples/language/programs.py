@@ -91,8 +91,8 @@ def _shardings(state: Any, mesh: Mesh) -> Any:
     params = {name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(state[0].params)}
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        own = name(path)
-        param = next((param for param in params if own.endswith(param)), None)
+        own = f"/{name(path)}"
+        param = next((param for param in params if own.endswith(f"/{param}")), None)
         spec: list[str | None] = []
         if param is not None and len(params[param]) == len(leaf.shape):
             axis = _shared_axis(param, params[param], mesh.shape["fsdp"])
