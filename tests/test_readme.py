@@ -23,6 +23,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 RESULTS = ROOT / "benchmarks" / "results"
 SPEED = ("optimizer_step", "training_throughput")
 ONE_LINE = README.replace("\\\n", " ").replace("$optimizer", "adam")
+UNWRAPPED = " ".join(README.split())
 COMMANDS = re.findall(r"python (?:examples|benchmarks)/(\w+)\.py (.+)", ONE_LINE)
 
 
@@ -47,7 +48,7 @@ def test_there_are_two_shell_commands():
 
 
 def test_the_commands_are_found():
-    examples = {"train_cifar", "compare_runs", "plot_geometry"}
+    examples = {"train_cifar", "train_lm", "compare_runs", "plot_geometry"}
     assert {name for name, _ in COMMANDS} == examples | {"reproduce_table", "atlas", *SPEED}
 
 
@@ -88,20 +89,29 @@ def test_the_committed_tables_are_made_from_the_committed_runs(name):
 
 def test_the_times_are_those_of_the_raw_results():
     measurements, _ = step_runs.load(RESULTS / "optimizer_step_cpu" / "runs.jsonl")
-    older, newer = step_report.sections(measurements)
+    older, newer = (s for s in step_report.sections(measurements) if "Intel" in s.device)
     assert "jax 0.10.2" in older.versions and "jax 0.12.0" in newer.versions
-    lines = README[README.index("| time to `optax.adam` |") :].split("\n\n")[0].splitlines()
-    assert len(lines) == 12
+    lines = README[README.index("| to `optax.adam` |") :].split("\n\n")[0].splitlines()
+    assert len(lines) == 2 + len({name for _, name in older.rows})
     for line in lines[2:]:
-        label, *figures = [cell.strip() for cell in line.strip("|").split("|")]
-        name = label.split("`")[1] if "`" in label else "torch_adam_srt"
-        rows = newer.rows if label.endswith("jax 0.12") else older.rows
-        ratios = [rows[model, name].figures.ratio_to_adam.median for model in step_runs.MODELS]
-        assert figures == [f"{ratio:.2f}" for ratio in ratios], label
-    bytes_ratios = [
-        m.figures.bytes_ratio for (_, name), m in older.rows.items() if name == "adam_srt"
+        label, *said = [cell.strip() for cell in line.strip("|").split("|")]
+        name, expected = label.strip("`"), []
+        for section in (older, newer):
+            for model in ("resnet18", "transformer"):
+                row = section.rows.get((model, name))
+                expected.append(f"{row.figures.ratio_to_adam.median:.2f}" if row else "–")
+        figures = older.rows["resnet18", name].figures
+        expected += [f"{figures.bytes_ratio:.2f}", f"{figures.state_ratio:.2f}"]
+        assert said == expected, label
+    of_muon = [older.rows["transformer", name].figures for name in ("muon_h", "muon")]
+    ratio = of_muon[0].ratio_to_adam.median / of_muon[1].ratio_to_adam.median
+    assert f"`muon_h` takes {ratio:.2f} of the time of `optax.contrib.muon`" in UNWRAPPED
+    amd = next(s for s in step_report.sections(measurements) if "AMD" in s.device)
+    plain = [
+        f"{amd.rows[model, 'torch_adam_srt'].figures.ratio_to_adam.median:.1f}"
+        for model in ("resnet18", "transformer")
     ]
-    assert {f"{ratio:.2f}" for ratio in bytes_ratios} == {"1.00"}
+    assert "AdamSRT in plain PyTorch {} and {} times".format(*plain) in UNWRAPPED
 
 
 def test_the_images_per_second_are_those_of_the_raw_results():
@@ -114,7 +124,7 @@ def test_the_images_per_second_are_those_of_the_raw_results():
     said = re.search(
         r"at batch 128 with (\d+) images/s with `adam` and (\d+) with `adam_srt` \(jax 0.12: (\d+) "
         r"and (\d+)\), where PyTorch reaches (\d+) eagerly and (\d+) compiled",
-        " ".join(README.split()),
+        UNWRAPPED,
     )
     ours = [rates[jax, name] for jax in ("0.10.2", "0.12.0.1") for name in ("adam", "adamsrt")]
     torch = [rates["0.10.2", name] for name in ("torch_eager", "torch_compiled")]

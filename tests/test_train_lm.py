@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+import compare_runs
+import plot_geometry
 import train_lm
 from ends import assert_same_end, figures
 from language import models, programs, recipes, text
@@ -86,8 +88,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(words, whole, tmp_path, 
     assert_same_end(tmp_path / "run", whole)
 
 
-def trained(shape, devices, optimizer, steps=3):
-    """Parameters and losses after some steps on a mesh, and the shardings of the state."""
+def trained(shape, devices, optimizer, steps=3, driver="loop"):
+    """The state after some steps on a mesh, their losses, and that of the validation."""
     mesh = programs.make_mesh(jax.devices()[:devices], shape)
     style, size = recipes.ARCHITECTURES["qwen3"], models.Size(64, 16, 2, 4)
     content = text.Text(
@@ -102,12 +104,20 @@ def trained(shape, devices, optimizer, steps=3):
 
     graphdef, keys, start = programs.start_run(make_model, tx, [0], mesh)
     trainer = programs.compile_trainer(
-        graphdef, tx, content, keys, start.state, shape=(8, 8), steps=steps, mesh=mesh
+        graphdef,
+        tx,
+        content,
+        keys,
+        start.state,
+        shape=(8, 8),
+        steps=steps,
+        mesh=mesh,
+        driver=driver,
     )
     state, losses = start.state, []
-    for step in range(steps):
-        state, batch = trainer.train(state, trainer.shuffle(keys, 1), step)
-        losses.append(float(batch.loss[0]))
+    while len(losses) < steps:
+        state, batch = trainer.train(state, trainer.shuffle(keys, 1), len(losses))
+        losses += np.ravel(batch.loss).tolist()
     return state, losses, trainer.validate(state.params, keys)["loss"]
 
 
@@ -124,6 +134,12 @@ def test_a_mesh_of_2_by_4_trains_as_one_device(optimizer):
             parts = math.prod(leaf.shape) // math.prod(leaf.addressable_shards[0].data.shape)
             assert parts in (4, 1), name
             assert parts == 4 or "radius" in name, name
+
+
+def test_a_scan_of_steps_is_the_loop_of_them():
+    ends = [trained((1, 1), 1, "adam_h", driver=driver) for driver in ("loop", "scan")]
+    for found, expected in zip(*(end[1:] for end in ends), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer, calls", [("adam_h", 2), ("adam_srt", 2)])
@@ -148,6 +164,16 @@ def test_an_update_of_shared_parameters_gathers_none(optimizer, calls):
     program = mapped.lower(state, state.params).compile().as_text()
     assert "all-gather" not in program
     assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", program)) <= calls
+
+
+def test_runs_are_drawn_as_those_on_images_are(whole, tmp_path, capsys):
+    picture = str(tmp_path / "picture.png")
+    assert compare_runs.main([str(whole), "--output", picture]) == 0
+    table = capsys.readouterr().out
+    loss = json.loads((whole / "summary.json").read_text())["valid_loss"]
+    assert re.search(rf"adam_h +1 +6 +{loss:.4f} +{loss:.4f}", table), table
+    assert "qwen3 on" in table and "validation loss" in table
+    assert plot_geometry.main([str(whole), "--output", picture]) == 0
 
 
 @pytest.mark.parametrize(
