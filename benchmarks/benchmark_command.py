@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from training.command import Refused, prepare_process
+
 RUNS = "runs.jsonl"
-
-
-class Refused(Exception):
-    """The command cannot go on as asked; the message says why."""
 
 
 def tell(name: str, message: str) -> None:
@@ -27,6 +25,7 @@ def outcome(name: str, output: Path, command: Callable[[], int], lines: str = RU
     Returns:
       Its exit code; 1 for an error of the system, 2 for a refusal, 130 after Ctrl-C.
     """
+    prepare_process()
     kept = f"what {output / lines} holds is kept"
     try:
         return command()

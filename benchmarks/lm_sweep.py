@@ -27,7 +27,7 @@ from benchmark_command import RUNS, Refused, make_directory, outcome, report, te
 from language import recipes
 from lm_runs import Key, Run
 from trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
-from training.command import make_parser, one_of, positive, several
+from training.command import directory, make_parser, one_of, positive, several
 
 NAME = "lm_sweep.py"
 EXAMPLES = """\
@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     add(
         "--output",
-        type=Path,
+        type=directory,
         default=Path("runs/lm_sweep"),
         metavar="DIR",
         help=f"directory for {RUNS}, table.md, table.png and cells (default: %(default)s)",

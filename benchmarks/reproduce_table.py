@@ -25,7 +25,7 @@ from images import recipes
 from table_cells import Cell
 from table_runs import Key, Protocol, Run
 from trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
-from training.command import make_parser, one_of, positive, several
+from training.command import directory, make_parser, one_of, positive, several
 
 NAME = "reproduce_table.py"
 EXAMPLES = """\
@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data_dir", metavar="DIR", help="where TFDS keeps its data sets (default: the trainer's)")
     add(
         "--output",
-        type=Path,
+        type=directory,
         default=Path("runs/table"),
         metavar="DIR",
         help=f"directory for {RUNS}, table.md, table.png and cells/ (default: %(default)s)",

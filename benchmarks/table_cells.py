@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ import table_runs
 from benchmark_command import RUNS
 from table_runs import Key
 from trainer_calls import take
+from training.files import read_if_whole
 
 
 class Cell(NamedTuple):
@@ -67,9 +70,17 @@ def close(output: Path, cell: Cell) -> None:
     lines = ""
     for key in sorted(cell.keys() - recorded):
         run = home if len(cell.seeds) == 1 else home / f"seed-{key[2]}"
-        if (run / "summary.json").exists():
-            summary = json.loads((run / "summary.json").read_bytes())
-            curve = [json.loads(line) for line in (run / "metrics.jsonl").open("rb")]
+        summary = read_if_whole(run / "summary.json")
+        if summary:
+            try:
+                curve = [json.loads(line) for line in (run / "metrics.jsonl").open("rb")]
+            except (ValueError, OSError):
+                print(
+                    f"warning: {run / 'metrics.jsonl'} is damaged or missing: remove {run} to have "
+                    "it trained again",
+                    file=sys.stderr,
+                )
+                continue
             lines += json.dumps({"setting": cell.setting, **summary, "curve": curve}) + "\n"
     if lines:
         run_lines.append(output / RUNS, lines.encode())
@@ -88,7 +99,10 @@ def tidy_up(output: Path, recorded: Set[Key], cells: Sequence[Cell]) -> None:
     """
     for home in output.glob("cells/*/*/*/seeds-*-*"):
         dataset, model, optimizer, seeds = home.relative_to(output / "cells").parts
-        _, first, last = seeds.split("-")
+        stretch = re.fullmatch(r"seeds-(\d+)-(\d+)", seeds)
+        if stretch is None:  # somebody has renamed it
+            continue
+        first, last = stretch.groups()
         cell = Cell(f"{dataset}/{model}", optimizer, range(int(first), int(last) + 1))
         in_the_way = cell not in cells and any(other[:2] == cell[:2] for other in cells)
         if in_the_way or cell.keys() & recorded:

@@ -69,6 +69,11 @@ def _parse(entry: dict[str, Any]) -> tuple[Key, Run]:
     epochs, batch_size = arguments["epochs"], arguments["batch_size"]
     protocol = Protocol(epochs, batch_size, arguments["precision"], stand_in)
     rest = {name: entry[name] for name in Run._fields if name != "protocol"}
-    if not math.isfinite(rest["test_accuracy"]):
-        raise ValueError("no accuracy")
+    if not isinstance(seed, int) or not 0 <= rest["test_accuracy"] <= 1:
+        raise ValueError("no accuracy of a seed")
+    for name in ("seconds", "compile_seconds", "images_per_second"):
+        if rest[name] is not None and not 0 <= rest[name] < math.inf:
+            raise ValueError(f"no {name}")
+    if not rest["seconds"] or not isinstance(rest["versions"], dict):
+        raise ValueError("no times or versions")
     return (setting, optimizer, seed), Run(protocol, **rest)

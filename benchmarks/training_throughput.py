@@ -36,7 +36,7 @@ from benchmark_command import (
 )
 from images import recipes
 from throughput_report import TORCH, WATCHED, Key, Line
-from training.command import make_parser, number, one_of, positive, several
+from training.command import directory, make_parser, number, one_of, positive, several
 
 if TYPE_CHECKING:
     from images.data import DataSet
@@ -304,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--output",
-        type=Path,
+        type=directory,
         default=Path("runs/training_throughput"),
         metavar="DIR",
         help=f"directory for {RUNS}, table.md and table.png (default: %(default)s)",

@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     # Imported here, so that --help and a refusal do not wait for JAX.
-    import jax
     from flax import nnx
 
     import spherical_optax as so
@@ -46,6 +45,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     from training import environment, outputs, processes, runs
     from training.display import say
 
+    devices = environment.devices()
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
     groups = _groups(args)
     arguments = _arguments(args, recipe) | {"seeds_at_once": len(groups[0])}
@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         tx = recipes.make_optimizer(args.optimizer, recipe._replace(weight_decay=decay), schedule)
         if args.geometry:
             tx = so.with_geometry(tx, channel_axes=recipes.spheres())
-        mesh = programs.make_mesh(jax.devices())
+        mesh = programs.make_mesh(devices)
 
         def make_model(seed: int) -> nnx.Module:
             make = models.MODELS[args.model]
@@ -112,7 +112,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
                 f"{args.dataset} with {args.model} has no recipe of its own: "
                 f"taking cifar10's with {args.model}."
             )
-        devices = f"{mesh.size} x " if mesh.size > 1 else ""
+        several = f"{mesh.size} x " if mesh.size > 1 else ""
         if args.batch_size % mesh.size:
             say(
                 f"The {mesh.size} devices do not divide --batch_size {args.batch_size}: "
@@ -121,7 +121,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         say(
             f"{args.model} on {args.dataset} with {args.optimizer}: "
             f"learning rate {rate:g}, weight decay {decay:g}, {count} training images, "
-            f"{steps} steps an epoch, on {devices}{jax.devices()[0].device_kind}."
+            f"{steps} steps an epoch, on {several}{devices[0].device_kind}."
         )
         if len(groups) > 1:
             say("One seed after another: on a CPU that is faster than several at once.")

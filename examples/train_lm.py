@@ -46,7 +46,8 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     from training import environment, outputs, runs
     from training.display import say
 
-    mesh = programs.make_mesh(jax.devices(), _mesh_shape(args.mesh, len(jax.devices())))
+    devices = environment.devices()
+    mesh = programs.make_mesh(devices, _mesh_shape(args.mesh, len(devices)))
     try:
         content = text.load(args.text)
     except text.TextError as error:

@@ -37,6 +37,7 @@ def of_blocks(model):
     return {leaf.name: leaf.kind for leaf in BY_MODEL[model].leaves if leaf.in_blocks and leaf.kind}
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_goes_on_from_what_is_there(
     compiled_quickly, tmp_path, capsys, monkeypatch
 ):
@@ -57,6 +58,7 @@ def test_the_command_measures_and_goes_on_from_what_is_there(
     assert "0 measured, 1 there" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_network_without_spheres(compiled_quickly):
     leaves = atlas.measure("mamba2")
     assert verdicts(leaves) == verdicts(BY_MODEL["mamba2"].leaves)

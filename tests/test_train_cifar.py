@@ -160,7 +160,7 @@ REFUSALS = {
     "--seeds 0": "argument --seeds: '0' is not an integer from 1",
     "--seed 4294967295 --seeds 2": "--seeds 2 from --seed 4294967295 goes beyond 4294967295",
     "--precision float16": "argument --precision: invalid choice: 'float16'",
-    "--coordinator here": "argument --coordinator: 'here' is neither HOST:PORT nor auto",
+    "--coordinator here": "argument --coordinator: 'here' is neither HOST:PORT, with a port",
     "--coordinator a:1 --num_processes 2": "needs --num_processes and --process_id",
     "--coordinator a:1 --num_processes 2 --process_id 2": "--process_id 2 is not below 2",
     "--process_id 0": "--num_processes and --process_id need --coordinator HOST:PORT",

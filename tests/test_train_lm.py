@@ -35,6 +35,26 @@ def words(tmp_path_factory):
     return directory
 
 
+COMPILED = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs(compiled_quickly):
+    """Runs of as many steps with the same options, apart from what they write, share programs."""
+    compile_trainer = programs.compile_trainer
+
+    def shared(graphdef, tx, content, keys, state, **options):
+        leaves, tree = jax.tree.flatten(state)
+        key = content.sha256, tree, *((x.shape, x.sharding) for x in leaves), *options.items()
+        if key not in COMPILED:
+            COMPILED[key] = compile_trainer(graphdef, tx, content, keys, state, **options)
+        return COMPILED[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "compile_trainer", shared)
+        yield
+
+
 def run(words, options, output=None):
     arguments = f"--text {words} {TINY} {options}" + (f" --output {output}" if output else "")
     return train_lm.main(arguments.split())
@@ -121,7 +141,8 @@ def trained(shape, devices, optimizer, steps=3, driver="loop"):
     return state, losses, trainer.validate(state.params, keys)["loss"]
 
 
-@pytest.mark.parametrize("optimizer", ["muon_h", "adam_srt"])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam_h", "muon_h", "adam_srt"])
 def test_a_mesh_of_2_by_4_trains_as_one_device(optimizer):
     """To the rounding of float32 and of its sums in another order."""
     state, *of_mesh = trained((2, 4), 8, optimizer)
@@ -136,6 +157,7 @@ def test_a_mesh_of_2_by_4_trains_as_one_device(optimizer):
             assert parts == 4 or "radius" in name, name
 
 
+@pytest.mark.slow
 def test_a_scan_of_steps_is_the_loop_of_them():
     ends = [trained((1, 1), 1, "adam_h", driver=driver) for driver in ("loop", "scan")]
     for found, expected in zip(*(end[1:] for end in ends), strict=True):

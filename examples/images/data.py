@@ -84,6 +84,10 @@ def load(name: str, *, data_dir: str) -> DataSet:
         else:
             names = ", ".join((*DATASETS, "folder:PATH"))
             raise DataError(f"There is no data set {name!r}; choose from {names}.")
+    except RuntimeError as error:  # of `expanduser`
+        raise DataError(
+            f"There is no home directory for the ~ of {data_dir}; name another --data_dir."
+        ) from error
     except ImportError as error:
         raise DataError(
             f"Data set {name} needs the Python package {error.name or error}; "

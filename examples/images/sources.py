@@ -105,6 +105,8 @@ def read_folder(path: Path) -> tuple[tuple[str, ...], Split, Split]:
             if read is None:
                 folders.add((root, split, label))
             elif file:
+                if (root, split, label, file) in images:
+                    raise DataError(f"{path} holds {name} twice; keep one of them.")
                 content = read()
                 try:
                     images[root, split, label, file], other_size = _decode(content)
@@ -158,10 +160,12 @@ def read_folder(path: Path) -> tuple[tuple[str, ...], Split, Split]:
 def _entries(path: Path) -> Iterator[tuple[str, Callable[[], bytes] | None]]:
     """Yields the relative path and the reader of each file, and None for that of a directory."""
     if path.is_dir():
-        for pattern in ("train/*", "train/*/*", "test/*", "test/*/*"):
-            for entry in path.glob(pattern):
+        # Not `glob`, which passes over a directory that cannot be read.
+        for split in ("train", "test"):
+            classes = _list(path / split)
+            for entry in [*classes, *(file for folder in classes for file in _list(folder))]:
                 name = entry.relative_to(path).as_posix()
-                yield name, None if entry.is_dir() else entry.read_bytes
+                yield name, None if entry.is_dir() else partial(_read_file, entry)
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             for member in archive:
@@ -182,6 +186,20 @@ def _entries(path: Path) -> Iterator[tuple[str, Callable[[], bytes] | None]]:
             f"{path} is neither a directory nor a .zip or .tar[.gz|.bz2|.xz] archive, "
             "or it is incomplete."
         )
+
+
+def _list(directory: Path) -> list[Path]:
+    """What a directory holds; nothing where there is none."""
+    try:
+        return sorted(directory.iterdir()) if directory.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{directory} cannot be read: {error.strerror}.") from error
+
+
+def _read_file(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would wait, a device has no end
+        raise DataError(f"{path} is no file; remove it.")
+    return path.read_bytes()
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -164,10 +164,13 @@ def _add_checksums(directory: Path) -> None:
 def _damaged_file(checkpoint: Path) -> str | None:
     name = CHECKSUMS
     try:
-        for name, checksum in json.loads((checkpoint / CHECKSUMS).read_bytes()).items():
+        checksums = json.loads((checkpoint / CHECKSUMS).read_bytes())
+        if not isinstance(checksums, dict) or not checksums:
+            return CHECKSUMS
+        for name, checksum in checksums.items():
             if _checksum(checkpoint / name) != checksum:
                 return name
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return name
     return None
 

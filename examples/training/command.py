@@ -2,7 +2,10 @@
 
 import argparse
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -20,6 +23,25 @@ def make_parser(prog: str, usage: str, description: str | None, epilog: str) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def prepare_process() -> None:
+    """Keep what a user's environment may hold from ending a command.
+
+    What a terminal cannot show is printed as an escape, and pictures are drawn without a screen,
+    whatever MPLBACKEND says.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    os.environ["MPLBACKEND"] = "agg"
+
+
+def directory(text: str) -> Path:
+    """A path that is not empty, as that of a variable that is not set would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def several(kind: Callable[[str], Any], text: str) -> tuple[Any, ...]:

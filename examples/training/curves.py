@@ -56,7 +56,8 @@ def draw(
       log_rates: whether its axis is logarithmic.
     """
     figure = Figure(figsize=(7, 2 + 3 * len(panels)), layout="constrained")
-    figure.suptitle(title)
+    # A path may hold a $, or bytes that are no text.
+    figure.suptitle(title.encode("utf-8", "replace").decode(), parse_math=False)
     ratios = {"height_ratios": (*[3] * len(panels), 2)}
     axes = figure.subplots(len(panels) + 1, 1, sharex=True, gridspec_kw=ratios)
     *panel_axes, rate_axes = axes

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from training.command import Refused
+from training.command import Refused, prepare_process
 from training.signals import Stopped, StopSignals, stop_signals
 
 Train = Callable[[argparse.Namespace, StopSignals], int]
@@ -36,6 +36,8 @@ def outcome(prog: str, args: argparse.Namespace, train: Train) -> int:
 
 def _outcome(prog: str, args: argparse.Namespace, train: Train) -> tuple[int, bool]:
     """The exit code, and whether it is this process's alone if there are several."""
+
+    prepare_process()
 
     def end(code: int, message: str) -> int:
         print(f"{prog}: {message}", file=sys.stderr)

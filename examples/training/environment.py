@@ -8,12 +8,27 @@ from pathlib import Path
 
 import jax
 
+from training.command import Refused
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "spherical_optax")
 
 
 def versions() -> dict[str, str | None]:
     """The versions of Python and of the packages that results depend on; None if not installed."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def devices() -> list[jax.Device]:
+    """All devices of all processes.
+
+    Raises:
+      Refused: JAX finds none, such as with JAX_PLATFORMS=cuda where there is no GPU.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is one
+        reason = str(error).partition("\n")[0]
+        raise Refused(f"JAX has no device{': ' if reason else ''}{reason}") from error
 
 
 def device_name() -> str:

@@ -2,10 +2,11 @@
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
-from training.command import number, positive
+from training.command import directory, number, positive
+
+MAX_SEEDS = 10_000
 
 
 def add_seeds(parser: Any, of: str) -> None:
@@ -15,7 +16,7 @@ def add_seeds(parser: Any, of: str) -> None:
     )
     parser.add_argument(
         "--seeds",
-        type=positive,
+        type=_seeds,
         default=1,
         metavar="K",
         help="train K networks, with the seeds from --seed on, at once (on a CPU one after "
@@ -28,7 +29,7 @@ def add_output(parser: Any, every: str) -> None:
     add = parser.add_argument
     add(
         "--output",
-        type=Path,
+        type=directory,
         metavar="DIR",
         help="directory to make for arguments.json, metrics.jsonl, summary.json, curves.png and "
         "checkpoints (default: none, nothing is written)",
@@ -95,13 +96,21 @@ def rate(text: str) -> float:
 
 def _coordinator(text: str) -> str:
     host, _, port = text.rpartition(":")
-    if text == "auto" or (host and port.isdecimal()):
+    if text == "auto" or (host and port.isdecimal() and 0 < int(port) < 2**16):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor auto")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither HOST:PORT, with a port from 1 to 65535, nor auto"
+    )
 
 
 def _index(text: str) -> int:
     return number(text, int, lambda value: value >= 0, "an integer from 0")
+
+
+def _seeds(text: str) -> int:
+    return number(
+        text, int, lambda value: 1 <= value <= MAX_SEEDS, f"an integer from 1 to {MAX_SEEDS}"
+    )
 
 
 def _seed(text: str) -> int:

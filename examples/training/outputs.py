@@ -10,6 +10,7 @@ from typing import Any
 
 from training.command import Refused
 from training.display import say
+from training.files import read_if_whole
 from training.processes import leads
 from training.records import write_json
 
@@ -62,6 +63,8 @@ def _check(output: Path, arguments: dict[str, Any], *, resume: bool) -> None:
         return
     except ValueError as error:
         raise OutputError(f"{output / ARGUMENTS} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise OutputError(f"{output / ARGUMENTS} is damaged: it holds no arguments")
     if not resume:
         raise OutputError(
             f"{output} already holds a run: go on with it (--resume), name another --output, "
@@ -114,5 +117,5 @@ def run_directories(output: Path | None, arguments: dict[str, Any]) -> dict[int,
 
 
 def is_finished(directory: Path | None) -> bool:
-    """Whether a run has come to its end here."""
-    return directory is not None and (directory / SUMMARY).exists()
+    """Whether a run has come to its end here; not with a damaged summary, which is made again."""
+    return directory is not None and read_if_whole(directory / SUMMARY) is not None

@@ -44,9 +44,10 @@ def read_lines(path: Path, unit: str, numbers: Sequence[int]) -> list[Line]:
       numbers: its values.
     """
     found = {}
-    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn or damaged line
             line = json.loads(text)
+            _line(line)  # raises for NaN, which is no JSON
             found[line[unit]] = line
     return [found.get(number, {unit: number}) for number in numbers]
 

@@ -7,11 +7,11 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from training.command import Refused, make_parser
+from training.command import Refused, make_parser, prepare_process
 from training.files import replace_file
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ Run = TypeVar("Run")
 
 def outcome(prog: str, command: Callable[[], object]) -> int:
     """Run a command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
+    prepare_process()
     try:
         command()
         return 0
@@ -100,7 +101,9 @@ def read_runs(directories: Sequence[Path], read: Callable[[Path], Run | None]) -
     for directory in directories:
         if not directory.is_dir():
             raise Refused(f"no such directory: {directory}")
-        below = [metrics.parent for metrics in sorted(directory.rglob(METRICS))]
+        below = sorted(
+            Path(place) for place, *names in _walk(directory) if any(METRICS in n for n in names)
+        )
         found = [path for path in below if (path / ARGUMENTS).is_file()]
         if not found:
             raise Refused(f"no run (with {ARGUMENTS} and {METRICS}) at or below {directory}")
@@ -113,6 +116,15 @@ def read_runs(directories: Sequence[Path], read: Callable[[Path], Run | None]) -
     if not started:
         raise Refused("no run has finished an epoch")
     return started
+
+
+def _walk(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """All directories below one, with the names in them; refuses one that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise Refused(f"cannot read {error.filename}: {error.strerror}")
+
+    return os.walk(directory, onerror=refuse)
 
 
 def read_arguments(directory: Path) -> Arguments:
@@ -151,6 +163,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would wait, a device has no end
+            raise Refused(f"cannot read {path}: it is no file")
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise Refused(f"cannot read {path}: {error.strerror}") from error
@@ -162,6 +176,8 @@ def _object(path: Path, text: str, first_line: int = 1) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise Refused(f"{path}, line {line}: damaged, not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits; too many brackets
+        raise Refused(f"{path}, line {first_line}: damaged, too large to be read") from error
     if not isinstance(value, dict):
         raise Refused(f"{path}, line {first_line}: damaged, not a JSON object")
     return value

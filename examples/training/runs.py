@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from training import checkpoints, geometry, loop, records
 from training.display import epoch_line, progress_bar, say, seed_name
+from training.files import read_if_whole
 from training.outputs import (
     ARGUMENTS,
     CHECKPOINTS,
@@ -74,7 +74,7 @@ def train(job: Job, groups: Sequence[Sequence[int]]) -> bool:
     for seeds in groups:
         finished = [d for seed in seeds if (d := directories[seed]) and is_finished(d)]
         if len(finished) == len(seeds):
-            ends += [json.loads((d / SUMMARY).read_text(encoding="utf-8")) for d in finished]
+            ends += [summary for d in finished if (summary := read_if_whole(d / SUMMARY))]
             say(f"{seed_name(job.arguments, seeds)}finished before.")
             continue
         of_group = {seed: directories[seed] for seed in seeds}
@@ -90,6 +90,7 @@ def _train_group(
     job: Job, directories: dict[int, Path | None], trainer: loop.Trainer | None
 ) -> tuple[loop.Trainer, list[Result | None]]:
     """Train some seeds at once; gives the programs back, and None for a seed that failed."""
+    job.signals.check()
     seeds, epochs, name = list(directories), job.epochs, seed_name(job.arguments, [*directories])
     of_seeds, run, compile_trainer = job.begin(seeds)
     origin = job.arguments | job.data
@@ -120,6 +121,7 @@ def _train_group(
             )
         )
         trainer = trainer or compile_trainer(run.state)
+        job.signals.check()
 
         def save(run: loop.Run) -> None:
             if manager is None:
@@ -175,14 +177,13 @@ def _finish(
     result: Result | None,
     compile_seconds: float,
 ) -> None:
-    """Write the picture and, if the run at this place among its seeds came to its end, the rest."""
+    """Write the summary, if the run at this place among its seeds has come to its end; draw it."""
     name, progress = seed_name(job.arguments, [seed]), run.progress
     history, failure = progress.history[place], progress.failed[place]
     if failure:
         rate = job.arguments["learning_rate"]
         say(f"{name}stopped: {failure}: lower --learning_rate ({rate:g})", file=sys.stderr)
     if directory and history and leads():
-        job.draw(directory / "curves.png", seed, history, result)
         if result:
             records.write_summary(
                 directory / SUMMARY,
@@ -195,6 +196,11 @@ def _finish(
                 seeds_at_once=len(progress.history),
                 git_revision=job.git_revision,
             )
+        try:
+            job.draw(directory / "curves.png", seed, history, result)
+        except Exception as error:  # the figures are there, and a picture can be drawn again
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            say(f"warning: {name}curves.png could not be drawn ({reason})", file=sys.stderr)
     if result:
         say(
             f"{name}{job.task.end(result)}; {progress.seconds:.0f} s, and "

@@ -21,8 +21,8 @@ class StopSignals:
 
     Attributes:
       deferred: while it is set, a signal is only noted in `requested`.
-      requested: the number of the first signal that came while it was set, or 0. A request is
-        safer than an exception, which gets lost where compiled code calls Python back.
+      requested: the number of the first signal that came, or 0. A request is safer than an
+        exception, which gets lost where compiled code calls Python back.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,15 @@ class StopSignals:
         finally:
             self.deferred = before
 
+    def check(self) -> None:
+        """Raises `Stopped` if a signal has come whose exception got lost, unless it is deferred."""
+        if self.requested and not self.deferred:
+            raise Stopped(self.requested, at_once=True)
+
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Raises `Stopped`, or notes a signal that is to be deferred; Ctrl-C is only once."""
         if not self.deferred or (self.requested and signum == signal.SIGINT):
+            self.requested = self.requested or signum
             raise Stopped(signum, at_once=True)
         first, self.requested = not self.requested, self.requested or signum
         if first and signum == signal.SIGINT:
