@@ -142,7 +142,7 @@ def trained(shape, devices, optimizer, steps=3, driver="loop"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adam_h", "muon_h", "adam_srt"])
+@pytest.mark.parametrize("optimizer", ["muon_h", "adam_srt"])
 def test_a_mesh_of_2_by_4_trains_as_one_device(optimizer):
     """To the rounding of float32 and of its sums in another order."""
     state, *of_mesh = trained((2, 4), 8, optimizer)
@@ -262,7 +262,7 @@ def in_processes(words, options, output):
 @pytest.mark.slow
 def test_two_processes_share_the_parameters_and_stop_together(words, tmp_path):
     """They train as one device does, and go on from their checkpoint on another mesh."""
-    command, options = Path(train_lm.__file__), "--steps 40 --eval_every 4"
+    command, options = Path(train_lm.__file__), "--steps 24 --eval_every 4"
     alone = start_command(
         in_processes(words, options, tmp_path / "alone"), command, JAX_NUM_CPU_DEVICES="1"
     )
@@ -279,7 +279,7 @@ def test_two_processes_share_the_parameters_and_stop_together(words, tmp_path):
     assert [code for code, _, _ in ends] == [0, 0], ends[0][2]
     assert "going on after step" in ends[0][1]
     expected, found = (figures(tmp_path / name)[1] for name in ("alone", "shared"))
-    assert len(found) == len(expected) == 10
+    assert len(found) == len(expected) == 6
     for line, wanted in zip(found, expected, strict=True):
         assert line == pytest.approx(wanted, rel=1e-3)
 
@@ -290,13 +290,13 @@ def test_a_killed_run_goes_on_to_the_same_end(words, tmp_path):
     command = Path(train_lm.__file__)
 
     def start(output, more=""):
-        options = f"--steps 200 --eval_every 4 --geometry {more}"
+        options = f"--steps 100 --eval_every 4 --geometry {more}"
         arguments = in_processes(words, options, tmp_path / output)
         return start_command(arguments, command, JAX_NUM_CPU_DEVICES="1")
 
     assert wait_for([start("whole")])[0][0] == 0
     moments = np.random.default_rng(0)
-    for _ in range(3):
+    for _ in range(2):
         process = start("killed", "--resume")
         time.sleep(moments.uniform(3, 12))
         process.kill()
