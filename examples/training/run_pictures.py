@@ -163,7 +163,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would wait, a device has no end
+        # A pipe would wait, and a device has no end.
+        if path.exists() and not (path.is_file() or path.is_dir()):
             raise Refused(f"cannot read {path}: it is no file")
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
