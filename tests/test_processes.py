@@ -127,7 +127,7 @@ def test_processes_stop_together_and_go_on(tmp_path):
 
 @pytest.mark.slow  # it starts the command nine times
 def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
-    """SIGKILL seven times, anywhere: while starting, compiling, training, writing, ending."""
+    """SIGKILL four times, anywhere: while starting, compiling, training, writing, ending."""
 
     def start(output: Path) -> subprocess.Popen:
         return start_command(f"--epochs 300 --batch_size 11 --resume --output {output}")
@@ -140,7 +140,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
 
     output, rng = tmp_path / "killed", random.Random(0)
     kills, went_on = 0, 0
-    while kills < 7:
+    while kills < 4:
         process = start(output)
         out = ""
         if kills % 3:  # after a line that it prints: the first is before compilation
@@ -156,7 +156,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
         kills += process.returncode != 0
         went_on += "going on in epoch" in out + rest
         (output / "summary.json").unlink(missing_ok=True)  # as if killed just before
-    assert went_on >= 3
+    assert went_on >= 2
     last = start(output)
     _, err = last.communicate(timeout=120)
     assert last.returncode == 0, err
