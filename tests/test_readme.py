@@ -79,7 +79,7 @@ def test_the_table_is_the_papers_and_that_of_the_raw_results():
     assert rows[list(recipes.OF_THE_PAPER).index("adamg")][0] == "`adamg` ¹"
 
 
-@pytest.mark.parametrize("name", ["cifar10_jpeg", "digits"])
+@pytest.mark.parametrize("name", ["cifar10_jpeg", "cifar10_jpeg_20", "digits"])
 def test_the_committed_tables_are_made_from_the_committed_runs(name):
     directory = RESULTS / name
     runs, broken = table_runs.load(directory / "runs.jsonl")
