@@ -112,8 +112,9 @@ def _train(args: argparse.Namespace, wanted: Sequence[Key], received: list[int])
             print(f"run {number}/{len(missing)}: {key}", flush=True)
             code = call(_command(args, key, home / "run"), lock, received)
             received += [signum for signum in EXIT_CODES if code in (EXIT_CODES[signum], -signum)]
-            # Code 1: a loss that is no number, a result as well: that learning rate is too large.
-            if code == 0 or (code == 1 and not received and (home / "run").is_dir()):
+            # A loss that is no number is a result as well: that learning rate is too large. Any
+            # other failure, such as of a full disk, is none.
+            if code == 0 or (code == 1 and (home / "run" / "failed.json").exists()):
                 run_lines.append(args.output / RUNS, lm_runs.line(key, home / "run"))
                 shutil.rmtree(home / "run" / "checkpoints", ignore_errors=True)
         if not received and key not in _load(args):

@@ -22,7 +22,8 @@ output.mkdir(parents=True, exist_ok=True)
 arguments = options | {"heads": 4, "text_sha256": "abc"}
 (output / "arguments.json").write_text(json.dumps(arguments))
 if options["learning_rate"] > 0.2:
-    sys.exit(1)  # as after a loss that is no number
+    (output / "failed.json").write_text("{}")  # as after a loss that is no number
+    sys.exit(1)
 # The lowest loss is at twice the recipe's learning rate, and falls with the width.
 best = {"adamw": 0.04, "muon_h": 0.08}[options["optimizer"]]
 loss = 1 + math.log2(options["learning_rate"] / best) ** 2 + 8 / options["width"]
@@ -91,12 +92,13 @@ def test_runs_of_another_protocol_are_refused(sweep, capfd):
     assert sweep("--report --depth 3") == 0
 
 
-def test_a_trainer_that_is_refused_fails_the_sweep(sweep, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("code", [1, 2])  # a full disk; a refusal
+def test_a_trainer_that_cannot_train_fails_the_sweep(code, sweep, tmp_path, monkeypatch, capfd):
     broken = tmp_path / "broken.py"
-    broken.write_text("import sys; sys.exit(2)")
+    broken.write_text(f"import sys; sys.exit({code})")
     monkeypatch.setattr(lm_sweep, "TRAINER", broken)
     assert sweep(f"{OPTIONS} --points 1 --seeds 1") == 1
-    assert "failed: qwen3-32-adamw-0.02-0: exit code 2" in capfd.readouterr().err
+    assert f"failed: qwen3-32-adamw-0.02-0: exit code {code}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

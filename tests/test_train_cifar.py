@@ -227,6 +227,7 @@ def test_a_loss_that_is_not_finite_stops_the_command(folder, tiny, tmp_path, cap
     assert err.startswith("stopped: the training loss is ")
     assert "lower --learning_rate (1e+30)" in err and err.count("\n") == 1
     assert not (tmp_path / "run" / "summary.json").exists()
+    assert "training loss" in json.loads((tmp_path / "run/failed.json").read_text())["reason"]
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -39,8 +39,8 @@ class Recipe(NamedTuple):
     weight_decay: float | None = 0.1  # of the kernels in blocks that have no fixed radius
 
 
-# Learning rates near the best for some hundred steps of small networks, as `benchmarks/lm_sweep.py`
-# finds them; longer trainings of larger ones want smaller ones.
+# For some hundred steps of small networks: the middle of what `benchmarks/lm_sweep.py` tries.
+# Longer trainings of larger ones want smaller ones.
 RECIPES = {
     "adamw": Recipe(0.02),
     "muon": Recipe(0.08),

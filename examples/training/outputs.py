@@ -16,6 +16,7 @@ from training.records import write_json
 
 ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
 GEOMETRY = "geometry.jsonl"
+FAILED = "failed.json"  # of a run whose loss became infinite or no number, and why
 CHECKPOINTS = "checkpoints"
 
 

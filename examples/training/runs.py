@@ -19,6 +19,7 @@ from training.files import read_if_whole
 from training.outputs import (
     ARGUMENTS,
     CHECKPOINTS,
+    FAILED,
     GEOMETRY,
     METRICS,
     SUMMARY,
@@ -183,6 +184,8 @@ def _finish(
     if failure:
         rate = job.arguments["learning_rate"]
         say(f"{name}stopped: {failure}: lower --learning_rate ({rate:g})", file=sys.stderr)
+        if directory and leads():
+            records.write_json(directory / FAILED, {"reason": failure})
     if directory and history and leads():
         if result:
             records.write_summary(
