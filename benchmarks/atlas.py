@@ -8,6 +8,12 @@ Networks that are there already are skipped: after an interruption the same comm
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the command at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -23,6 +29,8 @@ import run_lines
 from atlas_lines import LINES, MODELS, Atlas, Leaf
 from benchmark_command import make_directory, outcome, report, tell, warn_of
 from training.command import directory, make_parser, one_of, several
+from training.ending import leave
+from training.signals import StopSignals
 
 if TYPE_CHECKING:
     import jax
@@ -42,10 +50,10 @@ PACKAGES = ("python", "jax", "flax", "optax")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
-    It is 0 (all is measured), 1 (something failed), 2 (refused) or 130 (Ctrl-C).
+    It is 0 (all is measured), 1 (something failed), 2 (refused), 130 (Ctrl-C) or 143 (SIGTERM).
     """
     args = _parser().parse_args(argv)
-    command = partial(_report, args.output) if args.report else partial(_run, args)
+    command = partial(_report if args.report else _run, args)
     return outcome(NAME, args.output, command, LINES)
 
 
@@ -99,12 +107,14 @@ def _rounded(figure: float | None) -> float | None:
     return None if figure is None else float(f"{figure:.2e}")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     output: Path = args.output
     make_directory(output)
-    from tqdm import tqdm
+    with signals.held():
+        from tqdm import tqdm
 
-    from training.environment import device_name, find_git_revision, versions
+        import atlas_blocks  # noqa: F401  (for `measure`)
+        from training.environment import device_name, find_git_revision, versions
 
     device, revision = device_name(), find_git_revision()
     packages = {name: version for name, version in versions().items() if name in PACKAGES}
@@ -114,6 +124,7 @@ def _run(args: argparse.Namespace) -> int:
     failures = []
     bar = tqdm(missing, unit="network", disable=None)
     for model in bar:
+        signals.check()
         bar.set_description(model)
         try:
             atlas = Atlas(model, device, packages, revision, measure(model))
@@ -139,7 +150,8 @@ def _load(output: Path, *, warn: bool = False) -> list[Atlas]:
     return atlases
 
 
-def _report(output: Path) -> int:
+def _report(args: argparse.Namespace, signals: StopSignals) -> int:
+    output: Path = args.output
     atlases = _load(output, warn=True)
     where = _write(output, atlases)
     print(f"{len(atlas_lines.latest(atlases))} there; {where}")
@@ -179,4 +191,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

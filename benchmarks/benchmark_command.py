@@ -1,4 +1,4 @@
-"""What the benchmark commands share: how they end, and how they tell of what --output holds."""
+"""What the benchmark commands share: how they end, and what they tell of what --output holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from training.command import Refused, prepare_process
+from training import ending
+from training.command import Refused
+from training.signals import StopSignals
 
 RUNS = "runs.jsonl"
 
@@ -19,28 +21,18 @@ def tell(name: str, message: str) -> None:
     print(f"{name}: {message}", file=sys.stderr, flush=True)
 
 
-def outcome(name: str, output: Path, command: Callable[[], int], lines: str = RUNS) -> int:
-    """Run a command; where it fails, tell why, and that the file `lines` of `output` is kept.
+def outcome(
+    name: str, output: Path, command: Callable[[StopSignals], int], lines: str = RUNS
+) -> int:
+    """Run a command that keeps what it has in the file `lines` of `output`.
 
     Returns:
-      Its exit code; 1 for an error of the system, 2 for a refusal, 130 after Ctrl-C.
+      Its exit code; 1 for an error of the system, 2 for a refusal, 130 after Ctrl-C, 143 after
+      SIGTERM.
     """
-    prepare_process()
     kept = f"what {output / lines} holds is kept"
-    try:
-        return command()
-    except Refused as error:
-        tell(name, f"error: {error}")
-        return 2
-    except ModuleNotFoundError as error:
-        tell(name, f"error: {error}; install it with: pip install -e '.[examples]'")
-        return 2
-    except KeyboardInterrupt:
-        tell(name, f"interrupted; {kept}, and the same command goes on from there")
-        return 130
-    except OSError as error:
-        tell(name, f"error: {error}; {kept}")
-        return 1
+    goes_on = f"{kept}, and the same command goes on from there"
+    return ending.outcome(name, command, stopped=lambda: goes_on, failed=kept)
 
 
 def prepare_jax(*, torch: bool) -> None:

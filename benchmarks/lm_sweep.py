@@ -10,6 +10,12 @@ interruption the same command goes on.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the command at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import itertools
 import shutil
@@ -28,6 +34,8 @@ from language import recipes
 from lm_runs import Key, Run
 from trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
 from training.command import directory, make_parser, one_of, positive, several
+from training.ending import leave
+from training.signals import Stopped, StopSignals
 
 NAME = "lm_sweep.py"
 EXAMPLES = """\
@@ -57,7 +65,7 @@ def rates(optimizer: str, points: int) -> list[float]:
     return [float(f"{middle * FACTOR**exponent:.3g}") for exponent in exponents]
 
 
-def _sweep(args: argparse.Namespace) -> int:
+def _sweep(args: argparse.Namespace, signals: StopSignals) -> int:
     output: Path = args.output
     make_directory(output)
     with noted_signals() as received:
@@ -72,8 +80,7 @@ def _sweep(args: argparse.Namespace) -> int:
     wanted = [*first, *best]
     print(f"{sum(key in runs for key in wanted)} of {len(wanted)} runs are there; {where}")
     if received:
-        tell(NAME, "interrupted; the same command goes on from here")
-        return EXIT_CODES[received[0]]
+        raise Stopped(received[0], at_once=False)
     return 1 if failures else 0
 
 
@@ -157,7 +164,7 @@ def _load(args: argparse.Namespace, *, warn: bool = False) -> dict[Key, Run]:
     return runs
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace, signals: StopSignals) -> int:
     runs = _load(args, warn=True)
     print(f"{len(runs)} runs; {_write(args.output, runs)}")
     return 0
@@ -221,4 +228,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -8,6 +8,12 @@ Measurements that are there already are skipped: after an interruption the same 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the command at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +38,8 @@ from benchmark_command import (
 )
 from step_runs import COUNTERPARTS, MODELS, OPTIMIZERS, Figures, Measurement, Setting
 from training.command import directory, make_parser, one_of, positive, several
+from training.ending import leave
+from training.signals import StopSignals
 
 if TYPE_CHECKING:
     from step_programs import Program, Tree
@@ -48,16 +56,17 @@ NAME = "optimizer_step.py"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
-    It is 0 (all is measured), 1 (something failed), 2 (refused) or 130 (Ctrl-C).
+    It is 0 (all is measured), 1 (something failed), 2 (refused), 130 (Ctrl-C) or 143 (SIGTERM).
     """
     args = _parser().parse_args(argv)
-    command = partial(_report, args.output) if args.report else partial(_run, args)
+    command = partial(_report if args.report else _run, args)
     return outcome(NAME, args.output, command)
 
 
-def _run(args: argparse.Namespace) -> int:
-    prepare_jax(torch=args.torch)
-    from training.environment import device_name, find_git_revision, versions
+def _run(args: argparse.Namespace, signals: StopSignals) -> int:
+    with signals.held():
+        prepare_jax(torch=args.torch)
+        from training.environment import device_name, find_git_revision, versions
 
     of_torch = _torch_optimizers() if args.torch else {}
     output: Path = args.output
@@ -73,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     missing = [setting for setting in wanted if setting not in recorded]
 
     failures = []
-    for setting, result in _measure(missing) if missing else ():
+    for setting, result in _measure(missing, signals) if missing else ():
         if isinstance(result, Figures):
             line = step_runs.to_line(Measurement(setting, revision, result))
             run_lines.append(output / RUNS, line)
@@ -98,17 +107,21 @@ def _torch_optimizers() -> dict[str, dict[str, str]]:
         return {name: {"torch": torch.__version__} for name in torch_optimizers.names()}
 
 
-def _measure(settings: Sequence[Setting]) -> Iterator[tuple[Setting, Figures | str]]:
+def _measure(
+    settings: Sequence[Setting], signals: StopSignals
+) -> Iterator[tuple[Setting, Figures | str]]:
     """Measures the settings, model by model; yields figures, or why there are none."""
-    from tqdm import tqdm
+    with signals.held():
+        from tqdm import tqdm
 
-    import step_programs
+        import step_programs
 
     with tqdm(total=len(settings), unit="optimizer", disable=None) as bar:
         for model in dict.fromkeys(setting.model for setting in settings):
             bar.set_description(model)
             tree = adam = None
             for setting in [setting for setting in settings if setting.model == model]:
+                signals.check()
                 bar.set_description(f"{model}, {setting.optimizer}")
                 try:
                     if tree is None or adam is None:
@@ -147,7 +160,8 @@ def _load(output: Path, *, warn: bool = False) -> list[Measurement]:
     return measurements
 
 
-def _report(output: Path) -> int:
+def _report(args: argparse.Namespace, signals: StopSignals) -> int:
+    output: Path = args.output
     measurements = _load(output, warn=True)
     where = _write(output, measurements)
     print(f"{len(measurements)} there; {where}")
@@ -199,4 +213,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

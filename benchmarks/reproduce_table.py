@@ -7,9 +7,14 @@ Runs that are there already are skipped: after an interruption the same command 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the command at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,6 +31,8 @@ from table_cells import Cell
 from table_runs import Key, Protocol, Run
 from trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
 from training.command import directory, make_parser, one_of, positive, several
+from training.ending import leave
+from training.signals import Stopped, StopSignals
 
 NAME = "reproduce_table.py"
 EXAMPLES = """\
@@ -47,18 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return outcome(NAME, args.output, partial(_report_or_train, args))
 
 
-def _report_or_train(args: argparse.Namespace) -> int:
-    try:
-        if args.report:
-            return _report(args.output)
-        with noted_signals() as received:
-            return _run(args, received)
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:  # in --report; the training notes it
-        tell(NAME, "interrupted")
-        return 130
+def _report_or_train(args: argparse.Namespace, signals: StopSignals) -> int:
+    if args.report:
+        return _report(args.output)
+    with noted_signals() as received:
+        return _run(args, received)
 
 
 def _run(args: argparse.Namespace, received: list[int]) -> int:
@@ -103,8 +103,7 @@ def _run(args: argparse.Namespace, received: list[int]) -> int:
         tell(NAME, f"failed: {failure}")
     print(f"{len(wanted & runs.keys())} of {len(wanted)} runs are there; {where}", flush=True)
     if received:
-        tell(NAME, "interrupted; the same command goes on from here")
-        return EXIT_CODES[received[0]]
+        raise Stopped(received[0], at_once=False)
     return 0 if wanted <= runs.keys() else 1
 
 
@@ -213,4 +212,4 @@ def _stand_in(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,6 +10,12 @@ command goes on. One device is measured.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the command at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import itertools
 import json
@@ -37,6 +43,8 @@ from benchmark_command import (
 from images import recipes
 from throughput_report import TORCH, WATCHED, Key, Line
 from training.command import directory, make_parser, number, one_of, positive, several
+from training.ending import leave
+from training.signals import StopSignals
 
 if TYPE_CHECKING:
     from images.data import DataSet
@@ -71,18 +79,19 @@ class _Job(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
-    It is 0 (all is measured), 1 (something failed), 2 (refused) or 130 (Ctrl-C).
+    It is 0 (all is measured), 1 (something failed), 2 (refused), 130 (Ctrl-C) or 143 (SIGTERM).
     """
     args = _parse(argv)
-    command = partial(_report, args.output) if args.report else partial(_run, args)
+    command = partial(_report if args.report else _run, args)
     return outcome(NAME, args.output, command)
 
 
-def _run(args: argparse.Namespace) -> int:
-    prepare_jax(torch=args.torch)
-    import jax
+def _run(args: argparse.Namespace, signals: StopSignals) -> int:
+    with signals.held():
+        prepare_jax(torch=args.torch)
+        import jax
 
-    from training.environment import device_name, find_git_revision, versions
+        from training.environment import device_name, find_git_revision, versions
 
     if jax.default_backend() != "cpu" and jax.device_count() > 1:
         raise Refused(
@@ -104,10 +113,11 @@ def _run(args: argparse.Namespace) -> int:
     }
     print(f"measuring on {where['device']}", flush=True)
     recorded, measured, failed = _load(output, warn=True), 0, 0
-    for job in _jobs(args, images, torch, where):
+    for job in _jobs(args, images, torch, where, signals):
         if all(_is_there(line, recorded) for line in job.lines):
             continue
-        lines = _measure(job)
+        signals.check()
+        lines = _measure(job, signals)
         run_lines.append(output / RUNS, b"".join(json.dumps(x).encode() + b"\n" for x in lines))
         measured += len(lines)
         for line in lines:
@@ -150,10 +160,12 @@ def _jobs(
     images: DataSet | None,
     torch: dict[str, Any] | None,
     where: dict[str, Any],
+    signals: StopSignals,
 ) -> Iterator[_Job]:
     """All that is wanted, cell by cell."""
-    import throughput_programs
-    import timing
+    with signals.held():
+        import throughput_programs
+        import timing
 
     peak = cache(timing.matrix_peak)
     axes = [getattr(args, name) for name in AXES]
@@ -196,14 +208,18 @@ def _is_there(line: Line, recorded: dict[Key, Line]) -> bool:
     )
 
 
-def _measure(job: _Job) -> list[Line]:
+def _measure(job: _Job, signals: StopSignals) -> list[Line]:
     from tqdm import tqdm
+
+    def on_round(rounds: int = 1) -> None:
+        signals.check()
+        bar.update(rounds)
 
     first = job.lines[0]
     with tqdm(
         total=job.rounds, desc=_name(first, program=len(job.lines) == 1), disable=None
     ) as bar:
-        figures = job.measure(on_round=bar.update)
+        figures = job.measure(on_round=on_round)
     return [{**line, **figures[line["program"]]} for line in job.lines]
 
 
@@ -219,7 +235,8 @@ def _load(output: Path, *, warn: bool = False) -> dict[Key, Line]:
     return lines
 
 
-def _report(output: Path) -> int:
+def _report(args: argparse.Namespace, signals: StopSignals) -> int:
+    output: Path = args.output
     lines = _load(output, warn=True)
     where = _write(output, lines)
     print(f"{len(lines)} there; {where}")
@@ -327,4 +344,4 @@ def _share(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the command at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import math
 import sys
@@ -12,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from training import ending
 from training.run_pictures import (
     METRICS,
     Arguments,
@@ -22,7 +29,6 @@ from training.run_pictures import (
     make_drawing_parser,
     name_common,
     name_run,
-    outcome,
     read_arguments,
     read_epochs,
     read_object,
@@ -113,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
     parser = make_drawing_parser("compare_runs.py", __doc__, EXAMPLES, "compare.png")
     args = parser.parse_args(argv)
-    return outcome(parser.prog, lambda: _compare(args))
+    return ending.outcome(parser.prog, lambda _: _compare(args))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -356,4 +362,4 @@ def _draw_group(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

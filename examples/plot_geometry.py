@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the command at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 import textwrap
@@ -14,6 +20,7 @@ import numpy as np
 
 import language.recipes as of_text
 from images import recipes
+from training import ending
 from training.command import one_of, several
 from training.run_pictures import (
     ARGUMENTS,
@@ -25,7 +32,6 @@ from training.run_pictures import (
     make_drawing_parser,
     name_common,
     name_run,
-    outcome,
     read_arguments,
     read_epochs,
     read_runs,
@@ -94,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    return outcome(parser.prog, lambda: _plot(args))
+    return ending.outcome(parser.prog, lambda _: _plot(args))
 
 
 def _plot(args: argparse.Namespace) -> None:
@@ -364,4 +370,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

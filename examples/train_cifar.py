@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the command at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -33,17 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     options.check(parser, args)
-    return ending.outcome(parser.prog, args, _train)
+    return ending.training_outcome(parser.prog, args, _train)
 
 
 def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     # Imported here, so that --help and a refusal do not wait for JAX.
-    from flax import nnx
+    with signals.held():
+        from flax import nnx
 
-    import spherical_optax as so
-    from images import data, figures, models, programs
-    from training import environment, outputs, processes, runs
-    from training.display import say
+        import spherical_optax as so
+        from images import data, figures, models, programs
+        from training import environment, outputs, processes, runs
+        from training.display import say
 
     devices = environment.devices()
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
@@ -218,4 +224,4 @@ def _dataset(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

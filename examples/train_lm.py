@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    # Until `main` handles it, Ctrl-C ends the command at once, and without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -33,18 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     options.check(parser, args)
     _check(parser, args)
-    return ending.outcome(parser.prog, args, _train)
+    return ending.training_outcome(parser.prog, args, _train)
 
 
 def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     # Imported here, so that --help and a refusal do not wait for JAX.
-    import jax
-    from flax import nnx
+    with signals.held():
+        import jax
+        from flax import nnx
 
-    import spherical_optax as so
-    from language import figures, models, programs, text
-    from training import environment, outputs, runs
-    from training.display import say
+        import spherical_optax as so
+        from language import figures, models, programs, text
+        from training import environment, outputs, runs
+        from training.display import say
 
     devices = environment.devices()
     mesh = programs.make_mesh(devices, _mesh_shape(args.mesh, len(devices)))
@@ -369,4 +375,4 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.leave(main())

@@ -107,7 +107,9 @@ def test_interrupted(send, patience, code, whole, trainer, tmp_path):
     send(process)
     out, err = process.communicate(timeout=30)
     assert process.returncode == code
-    assert err == "reproduce_table.py: interrupted; the same command goes on from here\n"
+    how = "interrupted" if code == 130 else "terminated"
+    kept = f"what {output / 'runs.jsonl'} holds is kept, and the same command goes on from there"
+    assert err == f"reproduce_table.py: {how}; {kept}\n"
     # The interrupted cell is left as it is, to be resumed by the very same call.
     assert out.splitlines()[-1].startswith("2 of 8 runs are there; the table is in ")
     assert len(lines_of(output)) == 2 and checkpoints(output)

@@ -1,17 +1,15 @@
 """The command in processes of its own: several that train together, and one that is killed."""
 
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from ends import assert_same_end, figures
+from ends import figures
 
 COMMAND = Path(__file__).with_name("tiny_command.py")
 FAST = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -123,44 +121,6 @@ def test_processes_stop_together_and_go_on(tmp_path):
             break
     processes[0].send_signal(signal.SIGINT)
     assert [code for code, *_ in wait_for(processes)] == [130, 130]
-
-
-@pytest.mark.slow  # it starts the command nine times
-def test_a_run_killed_at_random_moments_ends_as_an_undisturbed_one(tmp_path):
-    """SIGKILL four times, anywhere: while starting, compiling, training, writing, ending."""
-
-    def start(output: Path) -> subprocess.Popen:
-        return start_command(f"--epochs 300 --batch_size 11 --resume --output {output}")
-
-    began = time.monotonic()
-    undisturbed = start(tmp_path / "undisturbed")
-    _, err = undisturbed.communicate(timeout=120)
-    assert undisturbed.returncode == 0, err
-    needed = time.monotonic() - began
-
-    output, rng = tmp_path / "killed", random.Random(0)
-    kills, went_on = 0, 0
-    while kills < 4:
-        process = start(output)
-        out = ""
-        if kills % 3:  # after a line that it prints: the first is before compilation
-            assert process.stdout is not None
-            for _ in range(rng.choice([2, 3, 10, 20])):
-                out += process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.05))
-        else:
-            time.sleep(rng.uniform(0, needed))
-        process.kill()
-        rest, err = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGKILL, 0), err
-        kills += process.returncode != 0
-        went_on += "going on in epoch" in out + rest
-        (output / "summary.json").unlink(missing_ok=True)  # as if killed just before
-    assert went_on >= 2
-    last = start(output)
-    _, err = last.communicate(timeout=120)
-    assert last.returncode == 0, err
-    assert_same_end(output, tmp_path / "undisturbed")
 
 
 def test_a_cluster_that_is_not_recognised_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from training.command import Refused, make_parser, prepare_process
+from training.command import Refused, make_parser
 from training.files import replace_file
 
 if TYPE_CHECKING:
@@ -24,27 +24,6 @@ ASIDE = ("seeds", "seeds_at_once", "geometry")  # these do not change a run
 
 Arguments = dict[str, Any]
 Run = TypeVar("Run")
-
-
-def outcome(prog: str, command: Callable[[], object]) -> int:
-    """Run a command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
-    prepare_process()
-    try:
-        command()
-        return 0
-    except Refused as error:
-        code, message = 2, f"error: {error}"
-    except ModuleNotFoundError as error:
-        code, message = 2, f"error: {error}; install it with: pip install -e '.[examples]'"
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        code, message = 1, f"error: {error}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    print(f"{prog}: {message}", file=sys.stderr)
-    return code
 
 
 def make_drawing_parser(
