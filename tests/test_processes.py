@@ -1,14 +1,16 @@
-"""The command in processes of its own: several that train together, and one that is killed."""
+"""The command in several processes that train together, or do not find each other."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import train_cifar
 from ends import figures
 
 COMMAND = Path(__file__).with_name("tiny_command.py")
@@ -129,3 +131,39 @@ def test_a_cluster_that_is_not_recognised_is_refused(tmp_path):
         "train_cifar.py: error: --coordinator auto finds no cluster that JAX knows here"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_silent_or_whose_port_is_taken(tmp_path):
+    """A process that waits for it ends by a signal, one that would be it is refused."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        common = f"--output {tmp_path / 'run'} --num_processes 2"
+        common += f" --coordinator 127.0.0.1:{silent.getsockname()[1]}"
+        ((code, _, err),) = wait_for([start_command(f"{common} --process_id 0")])
+        assert code == 2 and err.endswith(": Address already in use\n")
+        waiting = start_command(f"{common} --process_id 1")
+        silent.settimeout(60)
+        with silent.accept()[0]:  # it has asked, and gets no answer
+            waiting.terminate()
+            began = time.monotonic()
+            ((code, _, err),) = wait_for([waiting])
+    assert code == 143 and err.endswith("train_cifar.py: terminated; nothing was begun\n")
+    assert time.monotonic() - began < 30  # JAX itself would wait for minutes
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_find_each_other_are_refused():
+    code = f"""from training import processes
+processes.PATIENCE = 1
+processes.join("127.0.0.1:{free_port()}", 2, 1)"""
+    environment = os.environ | FAST | {"PYTHONPATH": str(Path(train_cifar.__file__).parent)}
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100
+    )
+    assert "did not find each other at 127.0.0.1:" in process.stderr.splitlines()[-1]
+
+
+def test_a_host_without_an_address_is_refused(tmp_path):
+    options = "--coordinator nowhere.invalid:1 --num_processes 2 --process_id 1"
+    ((code, _, err),) = wait_for([start_command(f"{options} --output {tmp_path / 'run'}")])
+    assert code == 2 and "--coordinator nowhere.invalid:1: " in err.splitlines()[-1]
