@@ -1,0 +1,49 @@
+"""Bad input and states: one clear sentence each, exit code 2, and nothing is half written."""
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+import bad_arguments
+import bad_library
+
+
+@pytest.mark.parametrize("call", bad_library.ROWS)
+def test_the_library_refuses(call):
+    error, _, words = bad_library.ROWS[call].partition(": ")
+    with pytest.raises((TypeError, ValueError)) as raised:
+        eval(call, dict(bad_library.NAMES))
+    assert type(raised.value).__name__ == error
+    assert words in str(raised.value)
+
+
+def contents(directory: Path) -> dict[str, bytes | None]:
+    """All that a directory holds."""
+    return {
+        str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+    }
+
+
+def assert_refused(command: str, words: str, capsys: pytest.CaptureFixture) -> None:
+    """The command, which writes to the current directory by default, writes a sentence only."""
+    name, *arguments = command.format(long="x" * 300).split()
+    before = contents(Path())
+    try:
+        code = importlib.import_module(name).main(arguments)
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("usage:")]
+    assert (code, out, len(lines)) == (2, "", 1), (out, err)
+    assert lines[0].startswith(f"{name}.py: error: ") and words in lines[0]
+    assert contents(Path()) == before
+
+
+@pytest.mark.parametrize("command", bad_arguments.ROWS)
+def test_commands_refuse_arguments(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    os.mkdir("empty")
+    assert_refused(command, bad_arguments.ROWS[command], capsys)
