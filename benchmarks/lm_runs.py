@@ -33,7 +33,7 @@ class Run(NamedTuple):
     protocol: dict[str, int | str]  # what all runs of a sweep have in common
     losses: list[float]  # of the validation, at each evaluation
     seconds: float
-    source: dict[str, dict | str | None]  # versions, device, revision
+    source: dict[str, dict[str, str | None] | str | None]  # versions, device, revision
 
     @property
     def loss(self) -> float:

@@ -54,7 +54,7 @@ def checked(parsed: T) -> T:
 
 
 def check(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Fails unless there is a value of each of these types; a number is a finite one."""
+    """Fails unless there is a value of each of these types; numbers are from 0 and finite."""
     for name, kind in kinds.items():
         if not _fits(values[name], kind):
             raise ValueError(f"no {name}")
@@ -69,12 +69,14 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) in (list, tuple):
         return isinstance(value, list | tuple) and all(_fits(own, of[0]) for own in value)
     if kind is Spread:
+        if not isinstance(value, dict | Spread):
+            return False
         q1, median, q3 = value if isinstance(value, Spread) else Spread(**value)
         return all(_fits(one, float) for one in (q1, median, q3)) and q1 <= median <= q3
     if kind in (int, float):
         numbers = int if kind is int else int | float
         is_number = isinstance(value, numbers) and not isinstance(value, bool)
-        return is_number and abs(value) <= sys.float_info.max
+        return is_number and 0 <= value <= sys.float_info.max
     return kind is Any or isinstance(value, kind)
 
 

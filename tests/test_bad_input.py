@@ -8,6 +8,7 @@ import pytest
 
 import bad_arguments
 import bad_library
+import bad_states
 
 
 @pytest.mark.parametrize("call", bad_library.ROWS)
@@ -22,7 +23,8 @@ def test_the_library_refuses(call):
 def contents(directory: Path) -> dict[str, bytes | None]:
     """All that a directory holds."""
     return {
-        str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+        str(path): path.read_bytes() if path.is_file() and os.access(path, os.R_OK) else None
+        for path in directory.rglob("*")
     }
 
 
@@ -47,3 +49,28 @@ def test_commands_refuse_arguments(command, tmp_path, monkeypatch, capsys):
     Path("file").write_text("mine")
     os.mkdir("empty")
     assert_refused(command, bad_arguments.ROWS[command], capsys)
+
+
+@pytest.fixture
+def root_as_user(monkeypatch):
+    """Directories that their owner may not write are no directories to write for root either."""
+    access = os.access
+
+    def by_permissions(path, mode, **options):
+        own = Path(path).stat().st_mode >> 6 if os.path.exists(path) else 7
+        return access(path, mode, **options) and mode & own == mode
+
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "access", by_permissions)
+
+
+@pytest.mark.parametrize(
+    "state", bad_states.ROWS, ids=lambda state: f"{state.command} ({', '.join(state.there)})"
+)
+def test_commands_refuse_states(state, tmp_path, monkeypatch, capsys, root_as_user):
+    there, command, words, as_root = state
+    if os.geteuid() == 0 and not as_root:
+        pytest.skip("root may read all")
+    monkeypatch.chdir(tmp_path)
+    bad_states.make(there)
+    assert_refused(command, words, capsys)

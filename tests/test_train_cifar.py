@@ -142,32 +142,6 @@ def test_command_writes_its_files(folder, finished):
         assert picture.format == "PNG" and min(picture.size) >= 600
 
 
-def test_outputs_that_are_refused(tmp_path, capsys, monkeypatch):
-    def refused(output: Path) -> str:
-        assert train_cifar.main(["--output", str(output)]) == 2
-        return capsys.readouterr().err
-
-    file = tmp_path / "file"
-    file.write_text("mine")
-    assert f"{file} is not a directory" in refused(file)
-    assert f"{file} is not a directory" in refused(file / "run")
-    taken, foreign = tmp_path / "taken", tmp_path / "foreign"
-    taken.mkdir()
-    (taken / "arguments.json").write_text("{}")
-    assert f"{taken} already holds a run" in refused(taken)
-    foreign.mkdir()
-    (foreign / "metrics.jsonl").write_text("mine\n")
-    assert f"{foreign} holds files of a run that did not begin there" in refused(foreign)
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "arguments.json").write_text("{")
-    assert f"{damaged / 'arguments.json'} is damaged" in refused(damaged)
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    assert f"no permission to write in {tmp_path}" in refused(tmp_path / "run")
-    assert file.read_text() == "mine" and (foreign / "metrics.jsonl").read_text() == "mine\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "taken", "foreign", "damaged"}
-
-
 def test_a_loss_that_is_not_finite_stops_the_command(folder, tiny, tmp_path, capsys):
     arguments = f"--dataset folder:{folder} --optimizer sgd --batch_size 10 --learning_rate 1e30"
     assert train_cifar.main([*arguments.split(), "--output", str(tmp_path / "run")]) == 1

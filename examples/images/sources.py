@@ -132,6 +132,8 @@ def read_folder(path: Path) -> tuple[tuple[str, ...], Split, Split]:
                 resized += other_size
     except DataError:
         raise
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # so does every compression
         raise DataError(
             f"{path} cannot be read to its end ({_brief(error)}); it is damaged or incomplete."
@@ -230,8 +232,11 @@ def _list(directory: Path) -> list[Path]:
 def _read_file(path: Path) -> bytes:
     if path.exists() and not path.is_file():  # a pipe would wait, a device has no end
         raise DataError(f"{path} is no file; remove it.")
-    _check_size(str(path), path.stat().st_size)
-    return path.read_bytes()
+    try:
+        _check_size(str(path), path.stat().st_size)
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
