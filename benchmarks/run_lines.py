@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hint
 from training.files import read_bytes
 
 T = TypeVar("T")
+N = TypeVar("N", bound=NamedTuple)
 
 
 class Spread(NamedTuple):
@@ -47,7 +48,7 @@ def read(path: Path, parse: Callable[[Any], T]) -> tuple[list[T], list[int]]:
     return results, broken
 
 
-def checked(parsed: T) -> T:
+def checked(parsed: N) -> N:
     """A named tuple as it is; fails where a field is not of the type that it is annotated with."""
     check(parsed._asdict(), get_type_hints(type(parsed)))
     return parsed

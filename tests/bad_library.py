@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np  # noqa: F401  (of the calls)
 import optax
 
 import spherical_optax as so

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,23 @@ def test_commands_refuse_states(state, tmp_path, monkeypatch, capsys, root_as_us
     monkeypatch.chdir(tmp_path)
     bad_states.make(there)
     assert_refused(command, words, capsys)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "examples/train_cifar.py --output a/{long}",
+        "examples/train_lm.py --optimiser muon_h",
+        "examples/compare_runs.py nowhere",
+        "benchmarks/lm_sweep.py --report",
+    ],
+)
+def test_programs_refuse_as_their_functions_do(command, tmp_path):
+    root = Path(__file__).parents[1]
+    file, *arguments = command.format(long="x" * 300).split()
+    done = subprocess.run(
+        [sys.executable, root / file, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith(f"{Path(file).name}: error: ")
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
