@@ -168,31 +168,6 @@ def test_radii_come_from_a_callable():
     np.testing.assert_allclose(so.group_norm(moved["wide"], channel_axes=-1), [[1, 5]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"radius": 0.0}, "radius=0.0 is not a positive finite number"),
-        ({"radius": "2"}, "radius='2' is not one number"),
-        ({"radius": jnp.ones((1, 3))}, "is not one number"),
-        ({"retraction": "cayley"}, "retraction='cayley' is not one of 'normalize', 'exp'"),
-        ({"zero": "pull"}, "zero='pull' is not one of 'error', 'skip', 'fill'"),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        so.hyperball(optax.identity(), 0.1, channel_axes=-1, **arguments)
-
-
-@pytest.mark.parametrize(
-    "radius, message",
-    [(-1.0, "w: radius=-1.0 is not positive"), (jnp.ones(2), r"w: radius has the shape \(2,\)")],
-)
-def test_wrong_radii_of_a_callable_are_refused(radius, message):
-    tx = so.hyperball(optax.identity(), 0.1, channel_axes=-1, radius=lambda path, leaf: radius)
-    with pytest.raises(ValueError, match=message):
-        tx.init({"w": jnp.ones((4, 3))})
-
-
 def test_classic_leaves_take_adamw_at_a_rate_of_their_own():
     params = {"w": jnp.ones((3, 3)), "b": jnp.arange(1.0, 4.0)}
     grads = [jax.tree.map(lambda x, i=i: jnp.sin(x + i), params) for i in range(3)]

@@ -10,6 +10,12 @@ import optax
 from jax.typing import ArrayLike
 
 from spherical_optax._ground.groups import inner, nonzero, zeros_per_group
+from spherical_optax._ground.hyperparams import (
+    check_decays,
+    check_not_negative,
+    check_optimizer,
+    check_rates,
+)
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, map_selected
 from spherical_optax._links.constraints import radius_at_init
@@ -65,7 +71,7 @@ def rotational(
       A gradient transformation. Nothing that changes the updates may follow it.
 
     Raises:
-      ValueError: `update` is called without the parameters.
+      ValueError: a number is out of range, or `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), algorithm 1.
@@ -77,6 +83,10 @@ def rotational(
     >>> jnp.tan(so.angle_per_step(x, updates, channel_axes=())).round(5)
     Array([0.25], dtype=float32)
     """
+    check_optimizer(direction=direction)
+    check_rates(angle=angle)
+    check_decays(update_norm_decay=update_norm_decay)
+    check_not_negative(eps=eps)
     direction = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> RotationalState:
