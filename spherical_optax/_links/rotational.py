@@ -126,9 +126,10 @@ def rotational(
             of_x = scale * (1 + step * share) - 1
             return of_x * x - scale * step * u, r, s
 
-        updates, radii, square = map_leaves(
+        steps, radii, square = map_leaves(
             leaf, channel_axes, directions, state.radius, state.square, params=params
         )
+        updates = optax.tree.cast_like(steps, updates)  # a direction may be wider
         return updates, RotationalState(inner_state, count, radii, square)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
