@@ -1,6 +1,12 @@
-"""Random chains of the library's links and Optax's, drawn by Hypothesis, with trees for them."""
+"""Random chains of the library's links and Optax's, with trees for them.
 
-from collections.abc import Callable
+Hypothesis draws, and shrinks, how much there is of all; what it is comes from a seed. Drawn one by
+one, the hundred choices of an example take as long as running it, and most examples are variations
+of a few.
+"""
+
+import random
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +17,15 @@ from hypothesis import strategies as st
 
 import spherical_optax as so
 from numpy_programs import traced
-from random_trees import NARROW, groups_of, selections, trees
+from random_trees import (
+    DTYPES,
+    groups_of,
+    random_selection,
+    random_shape,
+    random_tree,
+    random_values,
+)
 
-SEEDS = st.integers(0, 2**32 - 1)  # of `random_values`
 RATE = [0.03, optax.linear_schedule(0.05, 0.01, 3)]
 DECAY = [0.0, 0.01, optax.linear_schedule(0.02, 0.0, 4)]
 B1, B2, DTYPE = [0.0, 0.9], [0.5, 0.99], [None, "bfloat16", "float32"]
@@ -101,6 +113,7 @@ OPTAX: dict[str, dict[str, dict[str, list[Any]]]] = {
     "tree": {"clip_by_global_norm": {"max_norm": [1.0]}},
 }
 REACHES = ("group", "leaf", "tree")
+KINDS = ("normal", "normal", "sparse", "zero", "radial")
 WRAPPERS = ("", "", "", "MultiSteps", "masked", "partition", "with_geometry", "apply_if_finite")
 
 
@@ -146,6 +159,8 @@ class Program(NamedTuple):
     axes: list[Any]  # `channel_axes` of each leaf
     selection: Any  # the same, as the links are told
     chain: list[Link]
+    kind: str  # of numbers
+    seed: int
 
     @property
     def tx(self) -> optax.GradientTransformation:
@@ -161,38 +176,58 @@ class Program(NamedTuple):
         leaves = jax.tree.leaves(self.tree)
         return [groups_of(leaf.shape, axes) for leaf, axes in zip(leaves, self.axes, strict=True)]
 
+    def numbers(self) -> tuple[Any, list[Any]]:
+        """A point and three gradients: normal, half zeros, all zeros, or along the point."""
+        sparse = self.kind == "sparse"
+        params, *grads = (random_values(self.tree, [self.seed, i], sparse) for i in range(4))
+        if self.kind == "zero":
+            grads = jax.tree.map(np.zeros_like, grads)
+        if self.kind == "radial":
+            grads = [jax.tree.map(lambda x: np.asarray(1.7 * x, x.dtype), params)] * 3
+        return params, grads
+
 
 def chained(chain: list[Link], selection: Any) -> optax.GradientTransformation:
     return optax.chain(*(link.make(selection) for link in chain))
 
 
-@st.composite
-def links(draw: Callable, names: tuple[str, ...], wrappers: tuple[str, ...] = ("",)) -> Link:
-    name = draw(st.sampled_from(names))
-    everything = OURS | OPTAX["group"] | OPTAX["leaf"] | OPTAX["tree"]
-    settings = {key: draw(st.sampled_from(values)) for key, values in everything[name].items()}
-    return Link(name, settings, draw(st.sampled_from(wrappers)) if name in OURS else "")
+def random_link(rng: random.Random, names: Sequence[str], wrappers: Sequence[str] = ("",)) -> Link:
+    name = rng.choice(names)
+    arguments = (OURS | OPTAX["group"] | OPTAX["leaf"] | OPTAX["tree"])[name]
+    settings = {key: rng.choice(values) for key, values in arguments.items()}
+    return Link(name, settings, rng.choice(wrappers) if name in OURS else "")
 
 
 @st.composite
 def programs(
-    draw: Callable,
-    dtypes: tuple[str, ...] = NARROW,
-    reaches: tuple[str, ...] = REACHES,
-    last: tuple[str, ...] = (),
-    of: st.SearchStrategy | None = None,
-    most: int = 3,
+    draw: st.DrawFn,
+    *,
+    dtypes: Sequence[str] = DTYPES,
+    kinds: Sequence[str] = KINDS,
+    reaches: Sequence[str] = REACHES,
+    last: Sequence[str] = (),
+    most_links: int = 2,
+    shapes: Sequence[tuple[int, ...]] = (),
 ) -> Program:
-    """One to `most` links; with `last`, one of these and less than `most` before."""
-    ours = links(tuple(OURS), WRAPPERS)
-    of_optax = links(tuple(name for reach in reaches for name in OPTAX[reach]))
-    some = st.one_of(ours, ours, of_optax).filter(lambda link: link.reach in reaches)
-    chain = draw(st.lists(some, min_size=not last, max_size=most - bool(last)))
-    if last:
-        chain.append(draw(links(last)))
-    tree = draw(trees(dtypes, of))
+    """Links, and a seed; with `last`, one of these is the last. Shapes are random, or of these."""
+    number, leaves = draw(st.integers(1, most_links)), draw(st.integers(1, 3))
+    most_axes = draw(st.integers(0, 5))
+    # Of all that is drawn, as Hypothesis varies a part of it and keeps the rest.
+    rng = random.Random(f"{number} {leaves} {most_axes} {draw(st.binary(min_size=4, max_size=4))}")
+    of_optax = [name for reach in reaches for name in OPTAX[reach]]
+    chain = []
+    while len(chain) < number:
+        ours = rng.random() < 0.7
+        link = random_link(rng, list(OURS), WRAPPERS) if ours else random_link(rng, of_optax)
+        if last and len(chain) == number - 1:
+            link = random_link(rng, last)
+        if link.reach in reaches or last:
+            chain.append(link)
+    of = [rng.choice(shapes) if shapes else random_shape(rng, most_axes) for _ in range(leaves)]
+    tree = random_tree(rng, of, dtypes)
     matrices = any(link.name in OF_MATRICES for link in chain)
-    return Program(tree, *draw(selections(tree, matrices)), chain)
+    axes, selection = random_selection(rng, tree, matrices)
+    return Program(tree, axes, selection, chain, rng.choice(kinds), rng.getrandbits(32))
 
 
 def examples(share: float) -> settings:

@@ -1,25 +1,21 @@
-"""Random trees and selections, drawn by Hypothesis.
-
-Structures are drawn, and shrink; numbers come from a seed, as drawing each would take longer than
-all the rest.
-"""
+"""Random trees, selections and numbers."""
 
 import math
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
-from hypothesis import strategies as st
 
 import spherical_optax as so
 from oracle import rows
 
 MOST = 64  # elements of a leaf
-NARROW, WIDE = ("bfloat16", "float16", "float32"), ("float64",)
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 class Pair(NamedTuple):
@@ -27,14 +23,13 @@ class Pair(NamedTuple):
     rest: Any
 
 
-@st.composite
-def shapes(draw: Callable) -> tuple[int, ...]:
-    """Of ranks 0 to 5; one in twenty has no elements."""
+def random_shape(rng: random.Random, most_axes: int) -> tuple[int, ...]:
+    """One in twenty has no elements."""
     shape: list[int] = []
-    for _ in range(draw(st.integers(0, 5))):
-        shape.append(draw(st.integers(1, max(1, min(8, MOST // math.prod(shape))))))
-    if shape and draw(st.integers(0, 19)) == 19:
-        shape[draw(st.integers(0, len(shape) - 1))] = 0
+    for _ in range(max(rng.randint(0, most_axes), rng.randint(0, most_axes))):
+        shape.append(rng.randint(1, max(1, min(8, MOST // math.prod(shape)))))
+    if shape and rng.random() < 0.05:
+        shape[rng.randrange(len(shape))] = 0
     return tuple(shape)
 
 
@@ -54,18 +49,30 @@ def arrange(kind: str, leaves: list[Any]) -> Any:
     return nnx.State(dict(zip(["conv", "linear", "norm"], layers, strict=False)))
 
 
-@st.composite
-def trees(draw: Callable, dtypes: tuple[str, ...], of: st.SearchStrategy | None = None) -> Any:
-    """One to three leaves, with their types for values, in one of JAX's kinds of containers."""
-    leaf = st.builds(jax.ShapeDtypeStruct, of or shapes(), st.sampled_from(dtypes))
-    leaves = draw(st.lists(leaf, min_size=1, max_size=3))
-    return arrange(draw(st.sampled_from(["leaf", "dict", "list", "tuple", "nested", "nnx"])), leaves)
+def random_tree(rng: random.Random, shapes: list[tuple[int, ...]], dtypes: Sequence[str]) -> Any:
+    """The types of leaves, each of a random dtype, in one of JAX's kinds of containers."""
+    leaves = [jax.ShapeDtypeStruct(shape, rng.choice(dtypes)) for shape in shapes]
+    return arrange(rng.choice(["leaf", "dict", "list", "tuple", "nested", "nnx"]), leaves)
 
 
-def random_values(tree: Any, seed: list[int]) -> Any:
-    """Normal numbers in the types of a tree."""
+def random_values(tree: Any, seed: list[int], sparse: bool = False) -> Any:
+    """Normal numbers in the types of a tree; sparse ones are half zeros, whole groups too."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: np.asarray(rng.normal(size=leaf.shape), leaf.dtype), tree)
+
+    def leaf(kind: Any) -> np.ndarray:
+        values = rng.normal(size=kind.shape)
+        if sparse:
+            for axis in [None, *range(values.ndim)]:
+                size = kind.shape if axis is None else kind.shape[axis]
+                shown = rng.integers(4, size=size) > 0
+                values = values * (
+                    shown
+                    if axis is None
+                    else np.expand_dims(shown, [i for i in range(values.ndim) if i != axis])
+                )
+        return np.asarray(values, kind.dtype)
+
+    return jax.tree.map(leaf, tree)
 
 
 def groups_of(shape: tuple[int, ...], axes: Any) -> np.ndarray:
@@ -74,28 +81,19 @@ def groups_of(shape: tuple[int, ...], axes: Any) -> np.ndarray:
     return rows(places, axes if shape and places.size else None)
 
 
-@st.composite
-def axes_of(draw: Callable, shape: tuple[int, ...]) -> Any:
+def random_axes(rng: random.Random, shape: tuple[int, ...]) -> Any:
     """A valid `channel_axes`."""
     rank = len(shape)
     if rank == 0:
-        return draw(st.sampled_from([None, (), -1, (0, 2), so.blocks(-1, 3)]))  # a scalar takes any
-    some = st.lists(st.integers(0, rank - 1), unique=True, max_size=rank)
-    signs = st.lists(st.sampled_from([0, -rank]), min_size=rank, max_size=rank)
-    named = tuple(axis + sign for axis, sign in zip(draw(some), draw(signs), strict=False))
-    match draw(st.sampled_from(["whole", "one", "some", "blocks", "none"])):
-        case "none":
-            return None
-        case "whole":
-            return ()
-        case "one":
-            return draw(st.integers(-rank, rank - 1))
-        case "some":
-            return named
-    axis = draw(st.integers(-rank, rank - 1))
+        return rng.choice([None, (), -1, (0, 2), so.blocks(-1, 3)])  # a scalar takes any
+    named = [axis - rng.choice([0, rank]) for axis in rng.sample(range(rank), rank)]
+    some = tuple(named[: rng.randint(0, rank - 1)])  # all would leave groups of one element
+    kind = rng.choice(["none", "whole", "one", "some", "some", "all", "blocks", "blocks"])
+    if kind != "blocks":
+        return {"none": None, "whole": (), "one": named[0], "some": some, "all": named}[kind]
+    axis = named[-1]
     counts = [n for n in range(1, shape[axis] + 1) if shape[axis] % n == 0] or [1]
-    others = tuple(other for other in named if other % rank != axis % rank)
-    return so.blocks(axis, draw(st.sampled_from(counts)), channel_axes=others)
+    return so.blocks(axis, rng.choice(counts), channel_axes=some)
 
 
 def is_matrix(shape: tuple[int, ...], axes: Any) -> bool:
@@ -106,20 +104,18 @@ def is_matrix(shape: tuple[int, ...], axes: Any) -> bool:
     return sum(len(set(places.tolist())) > 1 for places in group) in (0, 2)
 
 
-@st.composite
-def selections(draw: Callable, tree: Any, matrices: bool) -> tuple[list[Any], Any]:
+def random_selection(rng: random.Random, tree: Any, matrices: bool) -> tuple[list[Any], Any]:
     """`channel_axes` of each leaf, and the one selection that says so to a link."""
     shapes = [leaf.shape for leaf in jax.tree.leaves(tree)]
-    uniform = draw(st.sampled_from(["each", "each", "each", "each", None, (), -1, 0]))
-    if uniform == "each":
-        axes = [draw(axes_of(shape)) for shape in shapes]
-    else:
+    axes = [random_axes(rng, shape) for shape in shapes]
+    uniform = rng.choice([None, (), -1, 0]) if rng.random() < 0.2 else axes[0]
+    if rng.random() < 0.2 and uniform in (None, (), -1, 0):
         axes = [uniform] * len(shapes)
     if matrices:
         axes = [a if is_matrix(s, a) else None for s, a in zip(shapes, axes, strict=True)]
     if axes == [uniform] * len(shapes):
         return axes, uniform
-    return axes, select(tree, axes, by_rules=draw(st.booleans()))
+    return axes, select(tree, axes, by_rules=rng.random() < 0.5)
 
 
 def select(tree: Any, axes: list[Any], by_rules: bool = False) -> Any:

@@ -54,7 +54,8 @@ def scanned(tx: optax.GradientTransformation, params: Any, grads: Any) -> Any:
 def test_vmap_and_scan_are_a_loop(program, seed):
     with in_its_dtypes(program.tree):
         points, *grads = (
-            stack_np([random_values(program.tree, [seed, i, run]) for run in range(3)]) for i in range(4)
+            stack_np([random_values(program.tree, [seed, i, run]) for run in range(3)])
+            for i in range(4)
         )
         together = traced(jax.vmap(lambda x, g: scanned(program.tx, x, g), in_axes=(0, 1)))
         found = together(points, stack_np(grads))

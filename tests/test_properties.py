@@ -17,13 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from hypothesis import given
-from hypothesis import strategies as st
 
 import spherical_optax as so
 from numpy_programs import traced
 from oracle import dot
-from random_programs import SEEDS, Link, Program, examples, in_its_dtypes, programs, stepper
-from random_trees import WIDE, random_values
+from random_programs import Link, Program, examples, in_its_dtypes, programs, stepper
 
 
 def run(step: Callable, state: Any, params: Any, grads: list[Any]) -> tuple[Any, Any]:
@@ -34,18 +32,18 @@ def run(step: Callable, state: Any, params: Any, grads: list[Any]) -> tuple[Any,
 
 
 @examples(0.5)
-@given(st.one_of(programs(most=2), programs(WIDE, most=2)), SEEDS)
-def test_types_are_kept_and_what_is_not_finite_stays_in_its_group(program, seed):
+@given(programs())
+def test_types_are_kept_and_what_is_not_finite_stays_in_its_group(program):
     """And comes out there, where no wrapper skips it."""
     with in_its_dtypes(program.tree):
         init, step = stepper(program.tx)
-        params, *grads = (random_values(program.tree, [seed, i]) for i in range(4))
+        params, grads = program.numbers()
         state = init(params)
         updates, second, after = step(grads[0], state, params)
         chex.assert_trees_all_equal_shapes_and_dtypes((updates, second), (grads[0], state))
         chex.assert_trees_all_equal_shapes_and_dtypes(after, params)
 
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(program.seed)
         leaf = rng.integers(len(program.axes))
         group = rng.choice(program.groups[leaf]) if program.groups[leaf].size else []
         if program.reach == "tree" or not len(group):
@@ -58,7 +56,9 @@ def test_types_are_kept_and_what_is_not_finite_stays_in_its_group(program, seed)
             clean, _ = run(step, state, params, grads[:2])
             params = spoil(params, leaf, place, bad)
             spoiled, _ = run(step, init(params), params, grads[:2])
-        for i, (found, expected) in enumerate(zip(*map(jax.tree.leaves, (spoiled, clean)), strict=True)):
+        for i, (found, expected) in enumerate(
+            zip(*map(jax.tree.leaves, (spoiled, clean)), strict=True)
+        ):
             others = np.ones(found.size, bool)
             if i == leaf:
                 assert not np.isfinite(found.ravel()[group]).all()
@@ -68,7 +68,7 @@ def test_types_are_kept_and_what_is_not_finite_stays_in_its_group(program, seed)
 
 def spoil(tree: Any, leaf: int, place: int, bad: float) -> Any:
     leaves, structure = jax.tree.flatten(tree)
-    leaves[leaf] = leaves[leaf].copy()
+    leaves[leaf] = np.array(leaves[leaf])
     leaves[leaf].flat[place] = bad
     return jax.tree.unflatten(structure, leaves)
 
@@ -139,11 +139,11 @@ ENDS = (
 
 
 @examples(0.15)
-@given(st.one_of(programs(last=ENDS, most=2), programs(WIDE, last=ENDS, most=2)), SEEDS)
-def test_points_stay_on_their_spheres(program, seed):
+@given(programs(last=ENDS))
+def test_points_stay_on_their_spheres(program):
     with in_its_dtypes(program.tree):
         init, step = last_link(program)
-        params, *grads = (random_values(program.tree, [seed, i]) for i in range(4))
+        params, grads = program.numbers()
         start, state = params, init(params)
         for g in grads:
             old = params
@@ -159,8 +159,10 @@ def test_points_stay_on_their_spheres(program, seed):
                 if program.chain[-1].name in ("follow_great_circle", "radial_brake"):
                     scale = scale + length(u)
                 allowed += ARITHMETIC * rounding(dtype) * scale
-                # A direction of zeros moves nothing; float16 has an end.
-                checked = np.any(out, axis=1) & np.isfinite(length(y)) & np.isfinite(length(u))
+                # A direction of zeros moves nothing, a group of zeros has no radius, and float16
+                # has an end.
+                checked = np.any(out, axis=1) & np.any(x0, axis=1)
+                checked &= np.isfinite(length(y)) & np.isfinite(length(u))
                 assert np.all((abs(length(y) - expected) <= allowed)[checked])
 
 
@@ -168,11 +170,11 @@ UPDATES = ("project_to_tangent_space", "centralize_per_group", "normalize_per_gr
 
 
 @examples(0.06)
-@given(st.one_of(programs(last=UPDATES, most=2), programs(WIDE, last=UPDATES, most=2)), SEEDS)
-def test_updates_are_tangent_or_centred_or_of_length_1(program, seed):
+@given(programs(last=UPDATES))
+def test_updates_are_tangent_or_centred_or_of_length_1(program):
     with in_its_dtypes(program.tree):
         init, step = last_link(program)
-        params, grads = (random_values(program.tree, [seed, i]) for i in range(2))
+        params, (grads, *_) = program.numbers()
         incoming, updates, _, _ = step(grads, init(params), params)
         for dtype, x, u, out in spheres(program, params, incoming, updates):
             own = jnp.finfo(dtype)
@@ -194,15 +196,15 @@ TRANSPORTED = ("scale_by_adam_srt", "scale_by_adam_g", "trace_rt")
 
 
 @examples(0.1)
-@given(st.one_of(programs(last=TRANSPORTED, most=1), programs(WIDE, last=TRANSPORTED, most=1)), SEEDS)
-def test_momenta_of_tangent_gradients_are_tangent(program, seed):
+@given(programs(last=TRANSPORTED, most_links=1))
+def test_momenta_of_tangent_gradients_are_tangent(program):
     (link,) = program.chain
     if link.settings["transport"] == "none":
         link = link._replace(settings=link.settings | {"transport": "isometric"})
     with in_its_dtypes(program.tree):
         tx = optax.chain(link.make(program.selection), optax.scale(-0.05))
         init, step = stepper(tx)
-        params, *grads = (random_values(program.tree, [seed, i]) for i in range(4))
+        params, grads = program.numbers()
         project = traced(so.project_to_tangent_space(channel_axes=program.selection).update)
         state = init(params)
         momentum = lambda state: state[0].trace if link.name == "trace_rt" else state[0].mu  # noqa: E731
