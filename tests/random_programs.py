@@ -176,10 +176,10 @@ class Program(NamedTuple):
         leaves = jax.tree.leaves(self.tree)
         return [groups_of(leaf.shape, axes) for leaf, axes in zip(leaves, self.axes, strict=True)]
 
-    def numbers(self) -> tuple[Any, list[Any]]:
+    def numbers(self, run: int = 0) -> tuple[Any, list[Any]]:
         """A point and three gradients: normal, half zeros, all zeros, or along the point."""
         sparse = self.kind == "sparse"
-        params, *grads = (random_values(self.tree, [self.seed, i], sparse) for i in range(4))
+        params, *grads = (random_values(self.tree, [self.seed, run, i], sparse) for i in range(4))
         if self.kind == "zero":
             grads = jax.tree.map(np.zeros_like, grads)
         if self.kind == "radial":
