@@ -55,7 +55,7 @@ def scanned(tx: optax.GradientTransformation, params: Any, grads: Any) -> Any:
     return jax.lax.scan(step, (params, tx.init(params)), grads)[0]
 
 
-@examples(0.08)
+@examples(0.06)
 @given(programs(dtypes=["float64"], kinds=EASY))
 def test_vmap_and_scan_are_a_loop(program):
     with in_its_dtypes(program.tree):
@@ -82,7 +82,7 @@ def stack_axes(shape: tuple[int, ...], axes: Any) -> Any:
     return (0, *map(shift, (axes,) if isinstance(axes, int) else axes))
 
 
-@examples(0.08)
+@examples(0.06)
 @given(programs(dtypes=["float64"], kinds=EASY, reaches=["group"]))
 def test_stacked_layers_are_layers(program):
     """The same groups are made, where no link looks at a whole leaf."""
@@ -100,7 +100,7 @@ def test_stacked_layers_are_layers(program):
 # Compiled, and of groups that are not zero, which some optimizers refuse where they see numbers.
 
 
-@examples(0.02)
+@examples(0.015)
 @given(programs(dtypes=["float64"], kinds=["normal"], shapes=[(), (3, 4), (2, 3, 4)], most_links=1))
 def test_compiled_steps_are_those_of_single_operations(program):
     """Of few shapes, so that single operations are compiled once for many examples."""
@@ -116,7 +116,7 @@ def test_compiled_steps_are_those_of_single_operations(program):
             assert_close((point, state), expected)
 
 
-@examples(0.02)
+@examples(0.015)
 @given(
     programs(dtypes=["float64"], kinds=["normal"], shapes=[(8,), (4, 8), (8, 2, 4), (2, 4, 1, 4)])
 )

@@ -104,6 +104,15 @@ def test_a_radial_direction_turns_nothing_along_a_great_circle():
     assert not np.any(tx.update(-3.7 * x, tx.init(x), x)[0])
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_groups_of_zeros_are_filled_by_the_finite_radii(bad):
+    x = jnp.array([[bad, 3.0, 0.0], [1.0, 4.0, 0.0]])
+    tx = so.hyperball(optax.identity(), 0.1, channel_axes=-1, zero="fill")
+    radius = tx.init(x).radius
+    np.testing.assert_allclose(radius[:, 1:], [[5.0, 5.0]], rtol=1e-6)
+    assert not jnp.isfinite(radius[0, 0])
+
+
 WIDER = optax.scale_by_adam(mu_dtype=jnp.float32)  # its updates are wider than bfloat16, too
 
 

@@ -273,7 +273,9 @@ def _radii(leaf: Leaf, radius: Radius, zero: Zero) -> jax.Array:
     if isinstance(value, jax.ShapeDtypeStruct):
         return radii
     if zero == "fill":
-        others = jnp.sqrt(jnp.sum(radii**2) / jnp.maximum(jnp.sum(radii > 0), 1))
+        known = (radii > 0) & (radii < math.inf)
+        total = jnp.sum(jnp.where(known, radii, 0) ** 2)
+        others = jnp.sqrt(total / jnp.maximum(jnp.sum(known), 1))
         radii = jnp.where(radii == 0, others.astype(radii.dtype), radii)
     if zero != "skip" and not isinstance(radii, jax.core.Tracer) and jnp.any(radii == 0):
         raise ValueError(
