@@ -6,10 +6,12 @@ of a few.
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from hypothesis import settings
@@ -97,6 +99,8 @@ OURS: dict[str, dict[str, list[Any]]] = {
     "with_geometry": {"optimizer": DIRECTION[:3], "every": [1, 2]},
 }
 OF_LAYERS = ("adamp", "project_where_invariant", "sgdp")  # a layer may be a leaf
+# Inside is Optax's Adam, whose moments take the dtype of a decay that is an array.
+OF_ADAM = ("adam_h", "adamp", "muon_h")
 OF_MATRICES = ("muon_h", "orthogonalize_per_group")
 # Optax's, by what a number that is not finite may reach there.
 OPTAX: dict[str, dict[str, dict[str, list[Any]]]] = {
@@ -114,7 +118,10 @@ OPTAX: dict[str, dict[str, dict[str, list[Any]]]] = {
 }
 REACHES = ("group", "leaf", "tree")
 KINDS = ("normal", "normal", "sparse", "zero", "radial")
-WRAPPERS = ("", "", "", "MultiSteps", "masked", "partition", "with_geometry", "apply_if_finite")
+WRAPPERS = (
+    *("", "", "", "MultiSteps", "masked", "partition"),
+    *("inject_hyperparams", "with_geometry", "apply_if_finite"),
+)
 
 
 class Link(NamedTuple):
@@ -136,7 +143,14 @@ class Link(NamedTuple):
     def make(self, selection: Any) -> optax.GradientTransformation:
         if self.name not in OURS:
             return getattr(optax, self.name)(**self.settings)
-        tx = getattr(so, self.name)(**self.settings, channel_axes=selection)
+        factory = getattr(so, self.name)
+        if self.wrapper == "inject_hyperparams" and self.name not in OF_ADAM:
+            # What may be an array or a schedule says so.
+            types = {k: v for k, v in factory.__annotations__.items() if k != "return"}
+            static = [k for k, v in types.items() if not re.search("ArrayLike|Schedule", v)]
+            injected = optax.inject_hyperparams(factory, static, hyperparam_dtype=jnp.float32)
+            return injected(**self.settings, channel_axes=selection)
+        tx = factory(**self.settings, channel_axes=selection)
         match self.wrapper:
             case "MultiSteps":
                 return optax.MultiSteps(tx, 2).gradient_transformation()
