@@ -169,9 +169,10 @@ def test_points_stay_on_their_spheres(program):
                     scale = scale + length(u)
                 allowed += ARITHMETIC * rounding(dtype) * scale
                 # A direction of zeros moves nothing, a group of zeros has no radius, and float16
-                # has an end.
-                checked = np.any(out, axis=1) & np.any(x0, axis=1)
-                checked &= np.isfinite(length(y)) & np.isfinite(length(u))
+                # has an end, in Optax's Adam too.
+                checked = np.any(out, axis=1) & np.any(x0, axis=1) & np.isfinite(length(u))
+                if dtype == np.float16:
+                    checked &= np.isfinite(length(y))
                 assert np.all((abs(length(y) - expected) <= allowed)[checked])
 
 
