@@ -100,7 +100,7 @@ def test_stacked_layers_are_layers(program):
 # Compiled, and of groups that are not zero, which some optimizers refuse where they see numbers.
 
 
-@examples(0.015)
+@examples(0.01)
 @given(programs(dtypes=["float64"], kinds=["normal"], shapes=[(), (3, 4), (2, 3, 4)], most_links=1))
 def test_compiled_steps_are_those_of_single_operations(program):
     """Of few shapes, so that single operations are compiled once for many examples."""
@@ -116,7 +116,7 @@ def test_compiled_steps_are_those_of_single_operations(program):
             assert_close((point, state), expected)
 
 
-@examples(0.015)
+@examples(0.01)
 @given(
     programs(dtypes=["float64"], kinds=["normal"], shapes=[(8,), (4, 8), (8, 2, 4), (2, 4, 1, 4)])
 )

@@ -147,7 +147,7 @@ ENDS = (
 )
 
 
-@examples(0.18)
+@examples(0.19)
 @given(programs(last=ENDS))
 def test_points_stay_on_their_spheres(program):
     with in_its_dtypes(program.tree):
