@@ -105,8 +105,8 @@ def project_where_invariant(
                 rho = jnp.where(groups_pass | layer_passes, jnp.asarray(wd_ratio, x.dtype), rho)
             return u + (jnp.asarray(weight_decay, x.dtype) * rho - share) * x, g
 
-        updates, _ = map_leaves(leaf, channel_axes, directions, updates, params=params)
-        return updates, state
+        steps, _ = map_leaves(leaf, channel_axes, directions, updates, params=params)
+        return optax.tree.cast_like(steps, updates), state  # a direction may be wider
 
     def _projection(
         sums: list[jax.Array], size: int, layer: tuple[int, ...]

@@ -201,7 +201,7 @@ def on_hyperballs(
     ) -> tuple[optax.Updates, HyperballState]:
         params = need_params(params, "hyperball")
         check_trees(channel_axes, updates, params)
-        updates, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
+        directions, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
         rates = (learning_rate, classic_learning_rate)
         eta, classic_eta = (rate(state.count) if callable(rate) else rate for rate in rates)
 
@@ -217,7 +217,9 @@ def on_hyperballs(
             r = jax.lax.select(r == 0, jnp.sqrt(xx), r)
             return step(jnp.asarray(eta, u.dtype), u, x, xx, r, axes), r
 
-        updates, radii = map_leaves(leaf, channel_axes, updates, state.radius, params=params)
+        steps, radii = map_leaves(leaf, channel_axes, directions, state.radius, params=params)
+        # A direction may be wider, such as that of Optax's Adam with a wider mu_dtype.
+        updates = optax.tree.cast_like(steps, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, HyperballState(inner_state, count, radii)
 
@@ -278,7 +280,9 @@ def _radii(leaf: Leaf, radius: Radius, zero: Zero) -> jax.Array:
     if isinstance(value, jax.ShapeDtypeStruct):
         return radii
     if zero == "fill":
-        others = jnp.sqrt(jnp.sum(radii**2) / jnp.maximum(jnp.sum(radii > 0), 1))
+        known = (radii > 0) & (radii < math.inf)
+        total = jnp.sum(jnp.where(known, radii, 0) ** 2)
+        others = jnp.sqrt(total / jnp.maximum(jnp.sum(known), 1))
         radii = jnp.where(radii == 0, others.astype(radii.dtype), radii)
     if zero != "skip" and not isinstance(radii, jax.core.Tracer) and jnp.any(radii == 0):
         raise ValueError(

@@ -123,22 +123,28 @@ def rotational(
                 return -eta * u, r, s
             if zero_mean:
                 u = u - jnp.mean(u, axes, keepdims=True)
-            # One round of sums: |P_x(u)|² and |y|² by Pythagoras.
+            # One round of sums: |P_x(u)|² and |y|² by Pythagoras. Of a radial direction rounding is
+            # left, which would be made a step.
             xx, xu, uu = (inner(v, w, axes) for v, w in ((x, x), (x, u), (u, u)))
             share = xu / nonzero(xx)
-            vv = jnp.maximum(uu - share * xu, 0)
+            vv = uu - share * xu
+            still = vv <= 8 * jnp.finfo(u.dtype).eps * uu
+            vv = jax.lax.select(still, jnp.zeros_like(vv), vv)
             s = average(vv, s, update_norm_decay)
             length = jnp.sqrt(s / correction.astype(s.dtype)) + jnp.asarray(eps, s.dtype)
             # A group of zeros has no radius, and takes the classic step.
             free = r == 0
-            step = jnp.where(free, eta, eta * r / nonzero(length))
-            scale = jnp.where(free, 1, r / nonzero(jnp.sqrt(xx + step**2 * vv)))
+            length = jax.lax.select(still, jnp.full_like(length, jnp.inf), length)
+            step = jnp.where(free, eta, eta * r / length)
+            square = jnp.maximum(xx + step**2 * vv, jnp.finfo(u.dtype).tiny)
+            scale = jnp.where(free, 1, r / jnp.sqrt(square))
             of_x = scale * (1 + step * share) - 1
             return of_x * x - scale * step * u, r, s
 
-        updates, radii, square = map_leaves(
+        steps, radii, square = map_leaves(
             leaf, channel_axes, directions, state.radius, state.square, params=params
         )
+        updates = optax.tree.cast_like(steps, updates)  # a direction may be wider
         return updates, RotationalState(inner_state, count, radii, square)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
