@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import atlas_lines
-import atlas_report
-import run_lines
-from atlas_lines import LINES, MODELS, Atlas, Leaf
-from benchmark_command import make_directory, outcome, report, tell, warn_of
+from architectures import atlas_lines, atlas_report
+from architectures.atlas_lines import LINES, MODELS, Atlas, Leaf
+from common import run_lines
+from common.benchmark_command import make_directory, outcome, report, tell, warn_of
 from training.command import a_path, make_parser, one_of, several
 from training.ending import leave
 from training.signals import StopSignals
@@ -62,8 +61,7 @@ def measure(model: str) -> tuple[Leaf, ...]:
     import jax
     from flax import nnx
 
-    import atlas_blocks
-    import atlas_images
+    from architectures import atlas_blocks, atlas_images
 
     networks = atlas_blocks if model in atlas_blocks.NETWORKS else atlas_images
     network = networks.NETWORKS[model](nnx.Rngs(0))
@@ -113,7 +111,7 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     with signals.held():
         from tqdm import tqdm
 
-        import atlas_blocks  # noqa: F401  (for `measure`)
+        from architectures import atlas_blocks  # noqa: F401  (for `measure`)
         from training.environment import device_name, find_git_revision, versions
 
     device, revision = device_name(), find_git_revision()

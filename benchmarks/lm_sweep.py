@@ -26,13 +26,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import lm_report
-import lm_runs
-import run_lines
-from benchmark_command import RUNS, Refused, make_directory, outcome, report, tell, warn_of
+from common import run_lines
+from common.benchmark_command import RUNS, Refused, make_directory, outcome, report, tell, warn_of
+from common.trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
 from language import recipes
-from lm_runs import Key, Run
-from trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
+from sweep import lm_report, lm_runs
+from sweep.lm_runs import Key, Run
 from training.command import a_path, make_parser, number, one_of, positive, several
 from training.ending import leave
 from training.options import seed_count

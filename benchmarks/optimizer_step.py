@@ -23,10 +23,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import run_lines
-import step_report
-import step_runs
-from benchmark_command import (
+from common import run_lines
+from common.benchmark_command import (
     RUNS,
     make_directory,
     needs_torch,
@@ -36,13 +34,14 @@ from benchmark_command import (
     tell,
     warn_of,
 )
-from step_runs import COUNTERPARTS, MODELS, OPTIMIZERS, Figures, Measurement, Setting
+from steps import step_report, step_runs
+from steps.step_runs import COUNTERPARTS, MODELS, OPTIMIZERS, Figures, Measurement, Setting
 from training.command import a_path, make_parser, one_of, positive, several
 from training.ending import leave
 from training.signals import StopSignals
 
 if TYPE_CHECKING:
-    from step_programs import Program, Tree
+    from steps.step_programs import Program, Tree
 
 EXAMPLES = """\
 examples:
@@ -102,7 +101,7 @@ def _torch_optimizers() -> dict[str, dict[str, str]]:
     with needs_torch():
         import torch
 
-        import torch_optimizers
+        from steps import torch_optimizers
 
         return {name: {"torch": torch.__version__} for name in torch_optimizers.names()}
 
@@ -114,7 +113,7 @@ def _measure(
     with signals.held():
         from tqdm import tqdm
 
-        import step_programs
+        from steps import step_programs
 
     with tqdm(total=len(settings), unit="optimizer", disable=None) as bar:
         for model in dict.fromkeys(setting.model for setting in settings):
@@ -135,8 +134,8 @@ def _measure(
 
 
 def _figures(setting: Setting, tree: Tree, adam: Program) -> Figures:
-    import timing
-    from step_programs import jax_program, measure, nbytes
+    from common import timing
+    from steps.step_programs import jax_program, measure, nbytes
 
     # Each time, because neighbours on a shared machine take varying parts of it.
     bandwidth = timing.copy_bandwidth(rounds=5)
@@ -144,7 +143,7 @@ def _figures(setting: Setting, tree: Tree, adam: Program) -> Figures:
     name = setting.optimizer
     if name in OPTIMIZERS:
         return measure(jax_program(name, tree), adam, setting.rounds, **common)
-    import torch_optimizers
+    from steps import torch_optimizers
 
     counterpart = COUNTERPARTS[name]
     ours = adam if counterpart == "adam" else jax_program(counterpart, tree)

@@ -22,14 +22,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import paper_table
-import table_cells
-import table_runs
-from benchmark_command import RUNS, Refused, make_directory, outcome, report, tell, warn_of
+from common.benchmark_command import RUNS, Refused, make_directory, outcome, report, tell, warn_of
+from common.trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
 from images import recipes
-from table_cells import Cell
-from table_runs import Key, Protocol, Run
-from trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
+from table import paper_table, table_cells, table_runs
+from table.table_cells import Cell
+from table.table_runs import Key, Protocol, Run
 from training.command import a_path, choice, data_set, make_parser, one_of, positive, several
 from training.ending import leave
 from training.options import seed_count

@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import run_lines
-import throughput_report
-from benchmark_command import (
+from common import run_lines
+from common.benchmark_command import (
     RUNS,
     Refused,
     make_directory,
@@ -41,7 +40,8 @@ from benchmark_command import (
     warn_of,
 )
 from images import recipes
-from throughput_report import TORCH, WATCHED, Key, Line
+from throughput import throughput_report
+from throughput.throughput_report import TORCH, WATCHED, Key, Line
 from training.command import a_path, data_set, make_parser, number, one_of, positive, several
 from training.ending import leave
 from training.signals import StopSignals
@@ -150,7 +150,7 @@ def _torch_settings() -> dict[str, Any]:
     import jax
 
     with needs_torch():
-        import torch_networks
+        from throughput import torch_networks
 
         return torch_networks.settings("cpu" if jax.default_backend() == "cpu" else "cuda")
 
@@ -164,8 +164,8 @@ def _jobs(
 ) -> Iterator[_Job]:
     """All that is wanted, cell by cell."""
     with signals.held():
-        import throughput_programs
-        import timing
+        from common import timing
+        from throughput import throughput_programs
 
     peak = cache(timing.matrix_peak)
     axes = [getattr(args, name) for name in AXES]

@@ -1,0 +1,1 @@
+"""What `atlas.py` measures, and its report."""

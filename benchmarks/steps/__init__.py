@@ -1,0 +1,1 @@
+"""What `optimizer_step.py` times, and its report."""

@@ -1,0 +1,1 @@
+"""The runs of `lm_sweep.py`, and their report."""

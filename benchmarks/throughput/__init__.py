@@ -1,0 +1,1 @@
+"""What `training_throughput.py` times, and its report."""
