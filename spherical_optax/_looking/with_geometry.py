@@ -182,7 +182,7 @@ def geometry(state: optax.OptState) -> dict[str, jax.Array]:
       state: a state of `with_geometry`, or any tree that holds one, such as a chain's state.
 
     Returns:
-      Names such as `blocks/0/conv1/kernel/angle/mean`, each with its figure: a scalar, or an array
+      Names such as `blocks/0/conv1/kernel/angle/mean`, each with its figure, a scalar or an array
       along the axis that `keep` names (and, under `vmap`, one for each state). All are 0 before the
       first update.
 
