@@ -28,7 +28,7 @@ import atlas_report
 import run_lines
 from atlas_lines import LINES, MODELS, Atlas, Leaf
 from benchmark_command import make_directory, outcome, report, tell, warn_of
-from training.command import directory, make_parser, one_of, several
+from training.command import a_path, make_parser, one_of, several
 from training.ending import leave
 from training.signals import StopSignals
 
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--output",
-        type=directory,
+        type=a_path,
         default=Path("runs/atlas"),
         metavar="DIR",
         help=f"directory for {LINES}, table.md and table.png (default: %(default)s)",

@@ -218,6 +218,6 @@ def _parse(entry: dict[str, Any]) -> tuple[Atlas, int]:
     if entry["model"] not in MODELS:
         raise ValueError("no network of the atlas")
     leaf = Leaf(*(entry[name] for name in Leaf._fields))._replace(shape=tuple(entry["shape"]))
-    _ = leaf.kind  # that can be said in words
+    _ = run_lines.checked(leaf).kind  # that can be said in words
     rest = {name: entry[name] for name in ("model", "device", "versions", "git_revision")}
-    return Atlas(**rest, leaves=(leaf,)), entry["leaves"]
+    return run_lines.checked(Atlas(**rest, leaves=(leaf,))), entry["leaves"]

@@ -30,10 +30,10 @@ class Run(NamedTuple):
     """A finished run."""
 
     key: Key
-    protocol: dict[str, Any]  # what all runs of a sweep have in common
+    protocol: dict[str, int | str]  # what all runs of a sweep have in common
     losses: list[float]  # of the validation, at each evaluation
     seconds: float
-    source: dict[str, Any]  # versions, device, revision
+    source: dict[str, dict[str, str | None] | str | None]  # versions, device, revision
 
     @property
     def loss(self) -> float:
@@ -65,19 +65,11 @@ def load(path: Path) -> tuple[dict[Key, Run], list[int]]:
 
 def _parse(content: Any) -> Run:
     arguments = content["arguments"]
-    key = Key(
-        str(arguments["architecture"]),
-        int(arguments["width"]),
-        str(arguments["optimizer"]),
-        float(arguments["learning_rate"]),
-        int(arguments["seed"]),
-    )
-    return Run(
-        key,
-        {name: arguments[name] for name in PROTOCOL},
-        [float(loss) for loss in content["losses"]],
-        float(content.get("seconds", 0.0)),
-        {name: content.get(name) for name in ("versions", "device", "git_revision")},
+    key = run_lines.checked(Key(*(arguments[name] for name in Key._fields)))
+    source = {name: content.get(name) for name in ("versions", "device", "git_revision")}
+    protocol = {name: arguments[name] for name in PROTOCOL}
+    return run_lines.checked(
+        Run(key, protocol, content["losses"], content.get("seconds", 0.0), source)
     )
 
 

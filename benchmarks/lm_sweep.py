@@ -33,8 +33,9 @@ from benchmark_command import RUNS, Refused, make_directory, outcome, report, te
 from language import recipes
 from lm_runs import Key, Run
 from trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
-from training.command import directory, make_parser, one_of, positive, several
+from training.command import a_path, make_parser, number, one_of, positive, several
 from training.ending import leave
+from training.options import seed_count
 from training.signals import Stopped, StopSignals
 
 NAME = "lm_sweep.py"
@@ -47,6 +48,8 @@ examples:
 TRAINER = Path(__file__).resolve().parents[1] / "examples" / "train_lm.py"
 OPTIMIZERS = ("adamw", "muon", "adam_srt", "adam_h", "muon_h")
 FACTOR = 2.0  # between neighbouring learning rates
+MAX_POINTS = 99
+HEADS = 4  # the trainer's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 0 (all runs are there), 1 (some failed), 2 (refused), 130 (Ctrl-C) or 143 (SIGTERM).
     """
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     return outcome(NAME, args.output, partial(_report if args.report else _sweep, args))
 
 
@@ -109,14 +112,14 @@ def _train(args: argparse.Namespace, wanted: Sequence[Key], received: list[int])
     """Trains what is missing; says what failed."""
     failures = []
     missing = [key for key in wanted if key not in _load(args)]
-    for number, key in enumerate(missing, 1):
+    for place, key in enumerate(missing, 1):
         home = args.output / "cells" / str(key)
         with locked(home, received) as lock:
             if received:
                 break
             if key in _load(args):  # another command works on the same output
                 continue
-            print(f"run {number}/{len(missing)}: {key}", flush=True)
+            print(f"run {place}/{len(missing)}: {key}", flush=True)
             code = call(_command(args, key, home / "run"), lock, received)
             received += [signum for signum in EXIT_CODES if code in (EXIT_CODES[signum], -signum)]
             # A loss that is no number is a result as well: that learning rate is too large. Any
@@ -174,6 +177,18 @@ def _write(output: Path, runs: dict[Key, Run]) -> str:
     return report(output, list(runs.values()), "run", lm_report.write_report)
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the options; what every run of the trainer would refuse is refused at once."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.steps % args.eval_every:
+        parser.error(f"--eval_every {args.eval_every} does not divide --steps {args.steps}")
+    for width in args.widths:
+        if width % (2 * HEADS):
+            parser.error(f"--widths: {width} is no even multiple of the {HEADS} heads")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(NAME, "[options]", __doc__, EXAMPLES)
     add = parser.add_argument
@@ -195,25 +210,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NUMBERS",
         help="features between blocks (default: 64,128)",
     )
-    for name, default, what in (
-        ("points", 5, f"learning rates of each optimizer, each {FACTOR:g} times the one before"),
-        ("seeds", 3, "of the best learning rate of each optimizer; of the others there is one"),
-        ("depth", 2, "blocks"),
-        ("context", 128, "bytes that a window predicts"),
-        ("batch_size", 8, "windows in a step"),
-        ("steps", 300, "of training"),
-        ("eval_every", 100, "steps between evaluations; divides --steps"),
+    points = f"learning rates of each optimizer, each {FACTOR:g} times the one before"
+    for name, kind, default, what in (
+        ("points", _points, 5, points),
+        ("seeds", seed_count, 3, "of each optimizer's best learning rate; of the others, one"),
+        ("depth", positive, 2, "blocks"),
+        ("context", positive, 128, "bytes that a window predicts"),
+        ("batch_size", positive, 8, "windows in a step"),
+        ("steps", positive, 300, "of training"),
+        ("eval_every", positive, 100, "steps between evaluations; divides --steps"),
     ):
         add(
             f"--{name}",
-            type=positive,
+            type=kind,
             default=default,
             metavar="N",
             help=f"{what} (default: %(default)s)",
         )
     add(
         "--output",
-        type=directory,
+        type=a_path,
         default=Path("runs/lm_sweep"),
         metavar="DIR",
         help=f"directory for {RUNS}, table.md, table.png and cells (default: %(default)s)",
@@ -225,6 +241,12 @@ def _parser() -> argparse.ArgumentParser:
         "whatever the other options say",
     )
     return parser
+
+
+def _points(text: str) -> int:
+    """How many there may be before the learning rates are infinite or 0."""
+    wanted = f"an integer from 1 to {MAX_POINTS}"
+    return number(text, int, lambda value: 1 <= value <= MAX_POINTS, wanted)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from benchmark_command import (
     warn_of,
 )
 from step_runs import COUNTERPARTS, MODELS, OPTIMIZERS, Figures, Measurement, Setting
-from training.command import directory, make_parser, one_of, positive, several
+from training.command import a_path, make_parser, one_of, positive, several
 from training.ending import leave
 from training.signals import StopSignals
 
@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--output",
-        type=directory,
+        type=a_path,
         default=Path("runs/optimizer_step"),
         metavar="DIR",
         help=f"directory for {RUNS}, table.md and table.png (default: %(default)s)",

@@ -32,6 +32,8 @@ WHY_NOT_COMPARABLE = (
     "on the sphere. The paper's figures probably come from that code, so they are of another "
     "algorithm than the one described, which is the one trained here."
 )
+# What the paper claims, as differences between two optimizers in one setting.
+PAIRS = (("adamsrt", "adam"), ("adams", "adam"), ("sgdmrt", "sgd"))
 # Test accuracies in %, a column per optimizer in the order of OPTIMIZERS.
 _MEANS = {
     "cifar10/resnet20": (92.39, 90.98, 90.19, 91.64, 92.25, 91.15, 91.81),
@@ -55,7 +57,10 @@ SETTINGS = tuple(_MEANS)
 
 
 class Accuracy(NamedTuple):
-    """A test accuracy in %: its mean over runs, and its deviation, None for a single run."""
+    """A test accuracy in %, or a difference of two in points, over runs.
+
+    The deviation is None for a single run.
+    """
 
     mean: float
     deviation: float | None
@@ -69,11 +74,39 @@ PAPER: dict[str, dict[str, Accuracy]] = {
 
 def summarise(runs: Mapping[Key, Run], setting: str, optimizer: str) -> Accuracy | None:
     """Mean and sample deviation of the test accuracy over seeds; None where there is no run."""
-    values = [100 * run.test_accuracy for run in _row(runs, setting, optimizer)]
+    return _accuracy([100 * run.test_accuracy for run in _row(runs, setting, optimizer)])
+
+
+def compare(runs: Mapping[Key, Run], setting: str, pair: tuple[str, str]) -> Accuracy | None:
+    """The first optimizer less the second: mean and sample deviation over the seeds of both.
+
+    None where no seed has been trained with both.
+    """
+    return _accuracy(
+        [
+            100 * (runs[setting, pair[0], seed].test_accuracy)
+            - 100 * (runs[setting, pair[1], seed].test_accuracy)
+            for seed in _shared_seeds(runs, setting, pair)
+        ]
+    )
+
+
+def _shared_seeds(runs: Mapping[Key, Run], setting: str, pair: tuple[str, str]) -> list[int]:
+    first, second = ({key[2] for key in runs if key[:2] == (setting, name)} for name in pair)
+    return sorted(first & second)
+
+
+def paper_difference(setting: str, pair: tuple[str, str]) -> Accuracy:
+    """The same of the paper, whose seeds are not told apart: deviations add as squares."""
+    (mean, deviation), (other, others) = (PAPER[setting][optimizer] for optimizer in pair)
+    assert deviation is not None and others is not None
+    return Accuracy(mean - other, math.hypot(deviation, others))
+
+
+def _accuracy(values: Sequence[float]) -> Accuracy | None:
     if not values:
         return None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Accuracy(statistics.fmean(values), deviation)
+    return Accuracy(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def mark(optimizer: str, ours: Accuracy, paper: Accuracy) -> str:
@@ -127,33 +160,41 @@ def table(runs: Mapping[Key, Run]) -> str:
         "",
     ]
     optimizers = _present(runs, 1, OPTIMIZERS)
+    beside = [] if caution else ["paper, %", "difference, points"]
+    columns = ["ours, %", "n", *beside, "seconds", "compiling, s", "images/s", "seeds at once"]
     for setting in _present(runs, 0, SETTINGS):
         lines += [
             f"## {_title(setting, protocol)}",
             "",
-            "| optimizer | ours, % | n | paper, % | difference, points "
-            "| seconds | compiling, s | images/s | seeds at once |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-            *(_table_row(runs, setting, optimizer) for optimizer in optimizers),
+            f"| optimizer | {' | '.join(columns)} |",
+            f"|---|{'---:|' * len(columns)}",
+            *(_table_row(runs, setting, name, bool(beside)) for name in optimizers),
             "",
+            *_table_of_differences(runs, setting),
         ]
     notes = [
         "ours: mean ± sample deviation over n seeds, of the parameters of the epoch with the best "
         "validation accuracy. paper: its mean ± deviation.",
-        "▲ above, ▼ below: the difference is more than two deviations, where the deviation of a "
-        "difference is the root of the sum of both squared ones; it needs n of at least 2.",
+        "differences between optimizers: ours over the seeds that both have, each with itself; the "
+        "paper's deviation is the root of the sum of both squared ones.",
         "seconds: wall time of training and validation, without compiling, which comes on top (in "
         "a resumed run that of its last part); images/s: without the first epoch. Seeds trained at "
         "once share a program, and these are the figures of the whole program; means over the n "
         "runs.",
     ]
+    if beside:
+        notes.append(
+            "▲ above, ▼ below: the difference to the paper is more than two deviations, where the "
+            "deviation of a difference is the root of the sum of both squared ones; it needs n of "
+            "at least 2."
+        )
     if NOT_COMPARABLE in optimizers:
         notes.append(WHY_NOT_COMPARABLE)
     return "\n".join([*lines, *(f"* {note}" for note in notes)]) + "\n"
 
 
 def _caution(protocol: Protocol) -> str:
-    """Why differences to the paper say little; empty where its protocol ran on its data."""
+    """Why no accuracy is comparable with the paper's; empty where its protocol ran on its data."""
     reasons = []
     if protocol.stand_in:
         reasons.append(f"the images are not CIFAR-10's ({protocol.stand_in} stands in for them)")
@@ -166,26 +207,42 @@ def _caution(protocol: Protocol) -> str:
     if not reasons:
         return ""
     text = ", and ".join(reasons)
-    text += ": differences to the paper are not to be read as errors of either."
+    text += ": accuracies are not to be compared with the paper's, differences between optimizers "
+    text += "may be."
     return text[0].upper() + text[1:]
 
 
-def _table_row(runs: Mapping[Key, Run], setting: str, optimizer: str) -> str:
+def _table_row(runs: Mapping[Key, Run], setting: str, optimizer: str, beside: bool) -> str:
+    """A row, `beside` the paper's figure or without."""
     paper = PAPER[setting][optimizer]
     ours = summarise(runs, setting, optimizer)
-    cells = [optimizer, "–", "0", _plus_minus(paper), *["–"] * 5]
+    cells = ["–", "0", *([_plus_minus(paper), "–"] if beside else []), *["–"] * 4]
     if ours:
         row = _row(runs, setting, optimizer)
         rates = [run.images_per_second for run in row if run.images_per_second is not None]
-        cells[1:3] = _plus_minus(ours), str(len(row))
-        cells[4:] = (
-            _difference(optimizer, ours, paper),
+        cells[:2] = _plus_minus(ours), str(len(row))
+        if beside:
+            cells[3] = _difference(optimizer, ours, paper)
+        cells[-4:] = (
             f"{statistics.fmean(run.seconds for run in row):.0f}",
             f"{statistics.fmean(run.compile_seconds for run in row):.1f}",
             f"{statistics.fmean(rates):.0f}" if rates else "–",
             _distinct(str(run.seeds_at_once) for run in row),
         )
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join([optimizer, *cells])} |"
+
+
+def _table_of_differences(runs: Mapping[Key, Run], setting: str) -> list[str]:
+    rows = []
+    for pair in PAIRS:
+        if ours := compare(runs, setting, pair):
+            n = len(_shared_seeds(runs, setting, pair))
+            paper = _signed(paper_difference(setting, pair))
+            rows.append(f"| {' − '.join(pair)} | {_signed(ours)} | {n} | {paper} |")
+    if not rows:
+        return []
+    head = ["| difference | ours, points | n | paper, points |", "|---|---:|---:|---:|"]
+    return [*head, *rows, ""]
 
 
 def _difference(optimizer: str, ours: Accuracy, paper: Accuracy) -> str:
@@ -198,6 +255,11 @@ def _difference(optimizer: str, ours: Accuracy, paper: Accuracy) -> str:
 def _plus_minus(figure: Accuracy) -> str:
     deviation = "" if figure.deviation is None else f" ± {figure.deviation:.2f}"
     return f"{figure.mean:.2f}{deviation}"
+
+
+def _signed(figure: Accuracy) -> str:
+    deviation = "" if figure.deviation is None else f" ± {figure.deviation:.2f}"
+    return f"{figure.mean:+.2f}{deviation}".replace("-", "−")
 
 
 def _title(setting: str, protocol: Protocol) -> str:
@@ -236,7 +298,10 @@ _BARS: dict[str, Any] = {"linestyle": "", "capsize": 3, "elinewidth": 1.5}
 
 
 def draw(path: Path, runs: Mapping[Key, Run]) -> None:
-    """Draw the table: a panel per setting, a row per optimizer, in it ours above the paper's.
+    """Draw the table: a panel per setting, in it ours above the paper's.
+
+    A row is an optimizer's accuracy; or, where accuracies are not comparable with the paper's, the
+    difference between two optimizers.
 
     Args:
       path: of the PNG file.
@@ -248,21 +313,26 @@ def draw(path: Path, runs: Mapping[Key, Run]) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     protocol = next(iter(runs.values())).protocol
-    settings, optimizers = _present(runs, 0, SETTINGS), _present(runs, 1, OPTIMIZERS)
+    caution = _caution(protocol)
+    settings = _present(runs, 0, SETTINGS)
     columns = min(2, len(settings))
     rows = math.ceil(len(settings) / columns)
-    height = 2 + rows * (0.9 + 0.36 * len(optimizers))
+    height = 2 + rows * (0.9 + 0.36 * len(PAIRS if caution else _present(runs, 1, OPTIMIZERS)))
     layout = ConstrainedLayoutEngine(h_pad=0.08)  # inches
     figure = Figure(figsize=(1 + 6 * columns, height), layout=layout, dpi=120)
+    what = "Differences between optimizers" if caution else "Test accuracy"
     title = (
-        f"Test accuracy beside the paper's ({protocol.epochs} epochs, "
+        f"{what} beside the paper's ({protocol.epochs} epochs, "
         f"batch size {protocol.batch_size}, {protocol.precision})"
     )
-    caution = textwrap.fill(_caution(protocol), 85 * columns)
-    figure.suptitle(f"{title}\n{caution}".strip(), fontsize="medium")
+    figure.suptitle(f"{title}\n{textwrap.fill(caution, 85 * columns)}".strip(), fontsize="medium")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, setting in zip(panels, settings, strict=False):
-        _draw_setting(axes, runs, setting, optimizers)
+        if caution:
+            _draw_rows(axes, _differences(runs, setting), "ours (points)")
+        else:
+            _draw_rows(axes, _accuracies(runs, setting), "ours − paper (points)")
+        axes.set_xlabel("difference (points)" if caution else "test accuracy (%)")
         axes.set_title(_title(setting, protocol))
     for axes in panels[len(settings) :]:
         axes.set_axis_off()
@@ -274,36 +344,60 @@ def draw(path: Path, runs: Mapping[Key, Run]) -> None:
             ("ours, difference outside two deviations (▲ above, ▼ below)", _OUTSIDE),
             ("paper, mean ± deviation", _THEIRS),
         )
+        if not (caution and style is _OUTSIDE)
     ]
     ncols = len(handles) if columns > 1 else 1
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False)
     FigureCanvasAgg(figure).print_png(path)
 
 
-def _draw_setting(
-    axes: Axes, runs: Mapping[Key, Run], setting: str, optimizers: Sequence[str]
-) -> None:
-    beside, colours = [], []
-    for y, optimizer in enumerate(optimizers):
-        paper, ours = PAPER[setting][optimizer], summarise(runs, setting, optimizer)
-        axes.errorbar(paper.mean, y + 0.17, xerr=paper.deviation, **_THEIRS, **_BARS)
-        text, style = "no run", _INSIDE
+class _Row(NamedTuple):
+    """A line of the picture."""
+
+    label: str
+    ours: Accuracy | None
+    paper: Accuracy
+    beside: str  # at the right
+    marked: bool
+
+
+def _accuracies(runs: Mapping[Key, Run], setting: str) -> list[_Row]:
+    rows = []
+    for name in _present(runs, 1, OPTIMIZERS):
+        paper, ours = PAPER[setting][name], summarise(runs, setting, name)
+        text, marked = "no run", False
         if ours:
-            n = len(_row(runs, setting, optimizer))
-            text = f"{_difference(optimizer, ours, paper)}  (n = {n})"
-            style = _OUTSIDE if mark(optimizer, ours, paper) else _INSIDE
-            axes.errorbar(ours.mean, y - 0.17, xerr=ours.deviation, **style, **_BARS)
-        beside.append(text)
-        colours.append(_OUTSIDE["color"] if style is _OUTSIDE else "black")
+            n = len(_row(runs, setting, name))
+            text = f"{_difference(name, ours, paper)}  (n = {n})"
+            marked = bool(mark(name, ours, paper))
+        rows.append(_Row(name, ours, paper, text, marked))
+    return rows
+
+
+def _differences(runs: Mapping[Key, Run], setting: str) -> list[_Row]:
+    rows = []
+    for pair in PAIRS:
+        ours, n = compare(runs, setting, pair), len(_shared_seeds(runs, setting, pair))
+        text = f"{_signed(ours)}  (n = {n})" if ours else "no run"
+        rows.append(_Row(" − ".join(pair), ours, paper_difference(setting, pair), text, False))
+    return rows
+
+
+def _draw_rows(axes: Axes, rows: Sequence[_Row], beside: str) -> None:
+    for y, row in enumerate(rows):
+        axes.errorbar(row.paper.mean, y + 0.17, xerr=row.paper.deviation, **_THEIRS, **_BARS)
+        if row.ours:
+            style = _OUTSIDE if row.marked else _INSIDE
+            axes.errorbar(row.ours.mean, y - 0.17, xerr=row.ours.deviation, **style, **_BARS)
         if y:
             axes.axhline(y - 0.5, color="black", alpha=0.15, linewidth=0.8)
-    axes.set_xlabel("test accuracy (%)")
-    axes.set_yticks(range(len(optimizers)), optimizers)
-    axes.set_ylim(len(optimizers) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     right = axes.secondary_yaxis("right")
-    right.set_yticks(range(len(optimizers)), beside)
-    right.set_ylabel("ours − paper (points)")
+    right.set_yticks(range(len(rows)), [row.beside for row in rows])
+    right.set_ylabel(beside)
     right.tick_params(length=0)
-    for label, colour in zip(right.get_yticklabels(), colours, strict=True):
-        label.set(color=colour, fontweight="normal" if colour == "black" else "bold")
+    for label, row in zip(right.get_yticklabels(), rows, strict=True):
+        if row.marked:
+            label.set(color=_OUTSIDE["color"], fontweight="bold")

@@ -30,8 +30,9 @@ from images import recipes
 from table_cells import Cell
 from table_runs import Key, Protocol, Run
 from trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
-from training.command import directory, make_parser, one_of, positive, several
+from training.command import a_path, choice, data_set, make_parser, one_of, positive, several
 from training.ending import leave
+from training.options import seed_count
 from training.signals import Stopped, StopSignals
 
 NAME = "reproduce_table.py"
@@ -169,7 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--seeds",
-        **number,
+        type=seed_count,
+        metavar="N",
         default=5,
         help="runs of each setting and optimizer, with the seeds from 0 (default: %(default)s)",
     )
@@ -177,21 +179,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", **number, default=recipes.BATCH_SIZE, help="default: %(default)s, as there")
     add(
         "--precision",
-        choices=recipes.PRECISIONS,
+        **choice(recipes.PRECISIONS),
         default="float32",
         help="of activations and convolutions (default: %(default)s)",
     )
     add(
         "--dataset",
-        type=_stand_in,
+        type=partial(data_set, ("digits",)),
         metavar="NAME",
         help="digits or folder:PATH, to take the place of cifar10 (default: none; each setting's "
         "own data)",
     )
-    add("--data_dir", metavar="DIR", help="where TFDS keeps its data sets (default: the trainer's)")
+    add(
+        "--data_dir",
+        type=a_path,
+        metavar="DIR",
+        help="where TFDS keeps its data sets (default: the trainer's)",
+    )
     add(
         "--output",
-        type=directory,
+        type=a_path,
         default=Path("runs/table"),
         metavar="DIR",
         help=f"directory for {RUNS}, table.md, table.png and cells/ (default: %(default)s)",
@@ -203,12 +210,6 @@ def _parser() -> argparse.ArgumentParser:
         "the other options say",
     )
     return parser
-
-
-def _stand_in(text: str) -> str:
-    if text == "digits" or text.removeprefix("folder:") not in ("", text):
-        return text
-    raise argparse.ArgumentTypeError(f"{text!r} is neither digits nor folder:PATH")
 
 
 if __name__ == "__main__":

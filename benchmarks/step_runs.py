@@ -84,8 +84,9 @@ def load(path: Path) -> tuple[list[Measurement], list[int]]:
 def _parse(entry: dict[str, Any]) -> Measurement:
     for name in SPREADS:
         entry[name] = entry[name] and Spread(**entry[name])
-    setting = Setting(*(entry[name] for name in Setting._fields))
+    setting = run_lines.checked(Setting(*(entry[name] for name in Setting._fields)))
     if setting.model not in MODELS or setting.optimizer not in (*OPTIMIZERS, *COUNTERPARTS):
         raise ValueError("no setting of the table")
     figures = Figures(*(entry[name] for name in Figures._fields))
-    return Measurement(setting, entry["git_revision"], figures)
+    run_lines.checked(figures)
+    return run_lines.checked(Measurement(setting, entry["git_revision"], figures))

@@ -6,7 +6,6 @@ setting that it counts for and the lines of its metrics.jsonl.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,11 +68,8 @@ def _parse(entry: dict[str, Any]) -> tuple[Key, Run]:
     epochs, batch_size = arguments["epochs"], arguments["batch_size"]
     protocol = Protocol(epochs, batch_size, arguments["precision"], stand_in)
     rest = {name: entry[name] for name in Run._fields if name != "protocol"}
-    if not isinstance(seed, int) or not 0 <= rest["test_accuracy"] <= 1:
-        raise ValueError("no accuracy of a seed")
-    for name in ("seconds", "compile_seconds", "images_per_second"):
-        if rest[name] is not None and not 0 <= rest[name] < math.inf:
-            raise ValueError(f"no {name}")
-    if not rest["seconds"] or not isinstance(rest["versions"], dict):
-        raise ValueError("no times or versions")
-    return (setting, optimizer, seed), Run(protocol, **rest)
+    run_lines.checked(protocol)
+    run = run_lines.checked(Run(protocol, **rest))
+    if not isinstance(seed, int) or run.test_accuracy > 1 or not run.seconds:
+        raise ValueError("no accuracy of a seed, or no time")
+    return (setting, optimizer, seed), run

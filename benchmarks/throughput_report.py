@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import run_lines
 from images import recipes
+from run_lines import Spread
 from training.files import replace_file
 
 if TYPE_CHECKING:
@@ -27,11 +28,19 @@ SETTING = ("kind", *_CELL)
 TORCH = ("torch_eager", "torch_compiled")
 # The later of two lines of a section counts that agree in all of these.
 _KEY = (*SETTING, "program", "dataset", "accuracy", "epochs")
-_FIGURES = {
-    "steps": ("rounds", "steps_per_call", "images_per_second", "step_seconds", "ratio_to_adam")
-    + ("flops_per_image", "matrix_peak", "peak_share", "compile_seconds", "peak_bytes"),
-    "epoch": ("epoch_seconds", "projected_minutes", "compile_seconds"),
-    "accuracy": ("epoch", "seconds", "best_accuracy", "compile_seconds"),
+_WHERE = {
+    **{"model": str, "precision": str, "batch_size": int, "seeds": int, "program": str},
+    **{"device": str, "versions": dict[str, str | None], "git_revision": str | None},
+}
+_FIGURES: dict[str, dict[str, Any]] = {
+    "steps": {"rounds": int, "steps_per_call": int, "images_per_second": Spread}
+    | {"step_seconds": Spread, "ratio_to_adam": Spread | None, "compile_seconds": float}
+    | {"flops_per_image": float, "matrix_peak": float, "peak_share": float}
+    | {"peak_bytes": float | None},
+    "epoch": {"epoch_seconds": Spread, "projected_minutes": float, "compile_seconds": float},
+    "accuracy": {"epoch": int | None, "seconds": float}
+    | {"best_accuracy": float, "compile_seconds": float, "dataset": str}
+    | {"accuracy": float, "epochs": int},
 }
 WATCHED = "+geometry"  # after an optimizer's name: wrapped in `with_geometry`
 _NAMES = ("adam", *(name for name in recipes.OPTIMIZERS if name != "adam"))
@@ -56,10 +65,9 @@ def load(path: Path) -> tuple[dict[Key, Line], list[int]]:
 
 
 def _parse(line: Line) -> tuple[Key, Line]:
-    needed = (*_CELL, "program", "device", "versions", "git_revision")
-    needed += ("error",) if "error" in line else _FIGURES[line["kind"]]
-    if not all(name in line for name in needed):
-        raise ValueError("a figure is missing")
+    run_lines.check(line, _WHERE)
+    run_lines.check(line, {"error": str} if "error" in line else _FIGURES[line["kind"]])
+    run_lines.check({"torch": line.get("torch")}, {"torch": dict[str, Any] | None})
     _place(line)
     return key(line), line
 

@@ -42,7 +42,7 @@ from benchmark_command import (
 )
 from images import recipes
 from throughput_report import TORCH, WATCHED, Key, Line
-from training.command import directory, make_parser, number, one_of, positive, several
+from training.command import a_path, data_set, make_parser, number, one_of, positive, several
 from training.ending import leave
 from training.signals import StopSignals
 
@@ -309,7 +309,10 @@ def _parser() -> argparse.ArgumentParser:
         help="train until the validation accuracy reaches this, above 0 to 1 (default: no)",
     )
     accuracy.add_argument(
-        "--dataset", metavar="NAME", help=f"{', '.join(recipes.DATASETS)}, or folder:PATH"
+        "--dataset",
+        type=partial(data_set, recipes.DATASETS),
+        metavar="NAME",
+        help=f"{', '.join(recipes.DATASETS)}, or folder:PATH",
     )
     accuracy.add_argument(
         "--epochs",
@@ -321,7 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--output",
-        type=directory,
+        type=a_path,
         default=Path("runs/training_throughput"),
         metavar="DIR",
         help=f"directory for {RUNS}, table.md and table.png (default: %(default)s)",

@@ -239,7 +239,7 @@ def _figure(path: Path, line: int, epoch: dict[str, Any], key: str) -> float:
         return np.nan
     if not isinstance(value, int | float):
         raise Refused(f"{path}, line {line}: damaged, {key} is not a number")
-    return value if np.isfinite(value) else np.nan
+    return value if abs(value) <= sys.float_info.max else np.nan
 
 
 def titles(runs: Sequence[Run]) -> list[str]:

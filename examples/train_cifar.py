@@ -16,7 +16,7 @@ from typing import Any
 
 from images import recipes
 from training import ending, options
-from training.command import Refused, make_parser, positive
+from training.command import Refused, a_path, choice, data_set, make_parser, positive
 from training.signals import StopSignals
 
 EXAMPLES = """\
@@ -166,14 +166,14 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--dataset",
         "--dataloader",
-        type=_dataset,
+        type=partial(data_set, recipes.DATASETS),
         default="digits",
         metavar="NAME",
         help=f"{', '.join(recipes.DATASETS)}, or folder:PATH, where PATH is a directory, .zip or "
         ".tar[.xz] with train/CLASS/* and test/CLASS/* images (default: %(default)s)",
     )
-    add("--model", choices=recipes.MODELS, default="resnet20", help="default: %(default)s")
-    add("--optimizer", choices=recipes.OPTIMIZERS, default="adamsrt", help="default: %(default)s")
+    add("--model", **choice(recipes.MODELS), default="resnet20", help="default: %(default)s")
+    add("--optimizer", **choice(recipes.OPTIMIZERS), default="adamsrt", help="default: %(default)s")
     add(
         "--epochs",
         type=positive,
@@ -199,13 +199,14 @@ def _parser() -> argparse.ArgumentParser:
     options.add_seeds(parser, "validation split, initial weights, order and augmentation")
     add(
         "--precision",
-        choices=recipes.PRECISIONS,
+        **choice(recipes.PRECISIONS),
         default="float32",
         help="of activations and convolutions; parameters, statistics, optimizer state and loss "
         "are float32 (default: %(default)s)",
     )
     add(
         "--data_dir",
+        type=a_path,
         default="~/tensorflow_datasets",
         metavar="DIR",
         help="where TFDS keeps its data sets (default: %(default)s)",
@@ -213,14 +214,6 @@ def _parser() -> argparse.ArgumentParser:
     options.add_output(parser, "epoch")
     options.add_processes(parser)
     return parser
-
-
-def _dataset(text: str) -> str:
-    if text in recipes.DATASETS or text.removeprefix("folder:") not in ("", text):
-        return text
-    raise argparse.ArgumentTypeError(
-        f"unknown data set {text!r} (choose from {', '.join(recipes.DATASETS)}, folder:PATH)"
-    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from language import recipes
 from training import ending, options
-from training.command import Refused, make_parser, number, positive
+from training.command import Refused, a_path, choice, make_parser, number, positive
 from training.signals import StopSignals
 
 EXAMPLES = """\
@@ -229,8 +229,8 @@ def _groups(args: argparse.Namespace) -> list[list[int]]:
 def _mesh_shape(given: dict[str, int] | None, devices: int) -> tuple[int, int]:
     shape = (given or {}).get("data"), (given or {}).get("fsdp")
     data, fsdp = shape
-    data = devices // (fsdp or 1) if data is None else data
-    fsdp = devices // data if fsdp is None and data else fsdp or 1
+    data = max(devices // (fsdp or 1), 1) if data is None else data
+    fsdp = max(devices // data, 1) if fsdp is None and data else fsdp or 1
     if data * fsdp != devices:
         raise Refused(f"--mesh data={data},fsdp={fsdp} is for {data * fsdp} devices, not {devices}")
     return data, fsdp
@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--text",
-        type=Path,
+        type=a_path,
         nargs="+",
         default=[],
         metavar="PATH",
@@ -264,11 +264,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--architecture",
-        choices=recipes.ARCHITECTURES,
+        **choice(recipes.ARCHITECTURES),
         default="qwen3",
         help="where norms stand, and so what is radially invariant (default: %(default)s)",
     )
-    add("--activation", choices=recipes.ACTIVATIONS, help="default: the architecture's")
+    add("--activation", **choice(recipes.ACTIVATIONS), help="default: the architecture's")
     add(
         "--qk_norm",
         action=argparse.BooleanOptionalAction,
@@ -290,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="N",
             help=f"{what} (default: %(default)s)",
         )
-    add("--optimizer", choices=recipes.OPTIMIZERS, default="adam_h", help="default: %(default)s")
+    add("--optimizer", **choice(recipes.OPTIMIZERS), default="adam_h", help="default: %(default)s")
     add(
         "--learning_rate",
         type=options.rate,
@@ -319,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--schedule",
-        choices=recipes.SCHEDULES,
+        **choice(recipes.SCHEDULES),
         default="cosine",
         help="how the learning rates fall to zero (default: %(default)s)",
     )
@@ -332,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--precision",
-        choices=("float32", "bfloat16"),
+        **choice(("float32", "bfloat16")),
         default="float32",
         help="of activations; parameters, optimizer state and loss are float32 "
         "(default: %(default)s)",

@@ -1,9 +1,21 @@
-"""Eight virtual CPU devices, for the tests of sharded parameters; set before JAX starts."""
+"""Eight virtual CPU devices, for the tests of sharded parameters; set before JAX starts.
 
+Hypothesis draws the same examples each time; with `--hypothesis-profile=long` others, and 25 times
+as many.
+"""
+
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# The explanations that it could add run a failing example hundreds of times.
+PHASES = [phase for phase in hypothesis.Phase if phase != hypothesis.Phase.explain]
+COMMON = {"deadline": None, "database": None, "phases": PHASES}
+hypothesis.settings.register_profile("short", max_examples=2_000, derandomize=True, **COMMON)
+hypothesis.settings.register_profile("long", max_examples=50_000, print_blob=True, **COMMON)
+hypothesis.settings.load_profile("short")
 
 
 @pytest.fixture(scope="module")

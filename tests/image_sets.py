@@ -1,9 +1,58 @@
 """What the tests of the data sets share."""
 
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+import zipfile
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from images import data
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def tree(sizes=(("train", 7), ("test", 2)), labels=("cat", "dog", "owl")):
+    """A path and the content of each image, as PNG, which keeps every pixel."""
+    rng = np.random.default_rng(3)
+    return {
+        f"{split}/{label}/{i:02}.png": png(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8))
+        for split, count in sizes
+        for label in labels
+        for i in range(count)
+    }
+
+
+COMPRESS = {".tar": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def write(path, files):
+    """Write {name: content} as the folder or archive that the name of the path asks for."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    elif ".tar" in path.suffixes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        path.write_bytes(COMPRESS[path.suffix](buffer.getvalue()))
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    return path
 
 
 def load(name, data_dir="unused"):

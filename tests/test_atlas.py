@@ -225,31 +225,6 @@ def test_a_failure_is_told_and_the_others_are_measured(tmp_path, capsys, monkeyp
     assert [entry["model"] for entry in entries] == ["qwen3"] * len(LEAVES)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--models=gpt9"], "unknown 'gpt9' (choose from gpt2, llama, "),
-        (["--models=vit,vit"], "vit is named twice"),
-        (["--model=vit"], "unrecognized arguments: --model=vit"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run(tmp_path / "new", *arguments)
-    assert ended.value.code == 2 and message in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
-def test_what_cannot_be_done_is_refused(tmp_path, capsys):
-    assert run(tmp_path / "new", "--report") == 2
-    assert "there are no whole networks in" in capsys.readouterr().err
-    (tmp_path / "file").touch()
-    assert run(tmp_path / "file") == 2
-    err = capsys.readouterr().err
-    assert "cannot create" in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "new").exists()
-
-
 def test_help_and_refusals_start_no_jax():
     program = (
         "import sys, atlas\n"

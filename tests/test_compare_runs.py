@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -304,30 +303,3 @@ def assert_refused(directories, output, message, capsys):
     assert out == "" and len(lines) == 1
     assert lines[0].startswith("compare_runs.py: error: ") and message in lines[0]
     assert sorted(output.parent.rglob("*")) == before
-
-
-def test_refusals(tmp_path, capsys, monkeypatch):
-    run = make_run(tmp_path / "run")
-    output = tmp_path / "compare.png"
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "metrics.jsonl").write_text("")
-
-    def refused(directories, message, output=output):
-        assert_refused(directories, output, message, capsys)
-
-    refused([run, tmp_path / "none"], f"no such directory: {tmp_path / 'none'}")
-    refused([run / "metrics.jsonl"], f"no such directory: {run / 'metrics.jsonl'}")
-    refused([run, empty], f"(with arguments.json and metrics.jsonl) at or below {empty}")
-    again, third = (make_run(tmp_path / name, test_accuracy=0.5) for name in ("again", "third"))
-    refused([again, third], f"{again} and {third} are the same run twice")
-    refused([], "the following arguments are required: DIR")
-    refused([run], "does not end in .png", output=tmp_path / "compare.pdf")
-    refused([run], f"{tmp_path / 'no'} is not a directory", output=tmp_path / "no" / "a.png")
-    (tmp_path / "taken.png").mkdir()
-    refused([run], "it is a directory", output=tmp_path / "taken.png")
-    (again / "metrics.jsonl").unlink()
-    (again / "metrics.jsonl").mkdir()
-    refused([again], f"cannot read {again / 'metrics.jsonl'}: Is a directory")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    refused([run], f"no permission to write in {tmp_path}")

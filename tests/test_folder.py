@@ -1,60 +1,14 @@
 """Folders and archives of images: the same data from each, and what is said about bad input."""
 
-import bz2
-import gzip
 import io
-import lzma
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from image_sets import assert_same, contents, load, message
-
-
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def tree(sizes=(("train", 7), ("test", 2)), labels=("cat", "dog", "owl")):
-    """A path and the content of each image, as PNG, which keeps every pixel."""
-    rng = np.random.default_rng(3)
-    return {
-        f"{split}/{label}/{i:02}.png": png(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8))
-        for split, count in sizes
-        for label in labels
-        for i in range(count)
-    }
-
-
-COMPRESS = {".tar": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-
-
-def write(path, files):
-    """Write {name: content} as the folder or archive that the name of the path asks for."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-    elif ".tar" in path.suffixes:
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as archive:
-            for name, content in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-        path.write_bytes(COMPRESS[path.suffix](buffer.getvalue()))
-    else:
-        for name, content in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(content)
-    return path
-
+from image_sets import assert_same, contents, load, message, png, tree, write
 
 KINDS = ["folder", "images.zip", "images.tar", "images.tar.gz", "images.tar.bz2", "images.tar.xz"]
 CLUTTER = {
@@ -185,10 +139,10 @@ def test_a_damaged_header_inside_a_tar_is_not_its_end(tmp_path):
         (lambda files: files | {"test/emu/0.png": png(np.zeros((32, 32), np.uint8))}, ["test/emu"]),
         (lambda files: files | {"train/emu/": b""}, ["train/emu", "empty"]),
         (lambda files: files | {f"old/{n}": c for n, c in files.items()}, ["several", "old"]),
-        (lambda files: tree([("train", 1), ("test", 1)], ["cat"]), ["1 training image"]),
+        (lambda files: tree(labels=["cat"]), ["the class cat only", "at least 2"]),
     ],
     ids=["nothing", "no test", "no train", "other names", "class only in test", "empty class"]
-    + ["two sets", "one image"],
+    + ["two sets", "one class"],
 )
 def test_another_layout_is_explained(tmp_path, change, words):
     path = write(tmp_path / "images.zip", change(tree()))
@@ -211,9 +165,43 @@ def test_a_path_that_is_no_data_set(tmp_path):
 
 
 def test_two_training_images_are_enough(tmp_path):
-    path = write(tmp_path / "folder", tree([("train", 2), ("test", 1)], ["cat"]))
+    path = write(tmp_path / "folder", tree([("train", 1), ("test", 1)], ["cat", "dog"]))
     found = load(f"folder:{path}")
-    assert [len(s.labels) for s in (found.train, found.test)] == [2, 1]
+    assert [len(s.labels) for s in (found.train, found.test)] == [2, 2]
+
+
+def test_what_is_not_used_is_told(tmp_path, capsys):
+    files = tree()
+    del files["test/owl/00.png"], files["test/owl/01.png"]
+    files |= {"train/stray.png": b"x", "test/cat/more/0.png": b"x", "notes.txt": b"x"}
+    expected = [
+        "warning: 1 of the 3 classes of {0} have no test images, such as owl",
+        "warning: what is in no class folder of {0}, or deeper in one, is not used, such as "
+        "test/cat/more (2 in all)",
+    ]
+    for kind in ("folder", "images.zip", "images.tar.xz"):
+        path = write(tmp_path / kind, files)
+        assert len(load(f"folder:{path}").test.labels) == 4
+        assert capsys.readouterr().err.splitlines() == [line.format(path) for line in expected]
+
+
+LINKS = {  # in train/cat/
+    "/etc/passwd": "out of the archive",
+    "../../../dog.png": "out of the archive",
+    "../dog.png": "to no file of the archive",
+    "link.png": "to no file of the archive",  # to itself
+}
+
+
+@pytest.mark.parametrize("target", LINKS)
+def test_a_link_that_leads_to_no_image_is_named(target, tmp_path):
+    path = write(tmp_path / "images.tar", tree())
+    member = tarfile.TarInfo("train/cat/link.png")
+    member.type, member.linkname = tarfile.SYMTYPE, target
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(member)
+    link = f"{path}/train/cat/link.png is a link to {target}, which leads {LINKS[target]}; "
+    assert message(f"folder:{path}").startswith(link)
 
 
 @pytest.mark.slow  # it decodes 60,000 images

@@ -76,21 +76,6 @@ def test_the_default_is_the_standard_library_without_its_tests():
     assert text.load().sha256 == found.sha256
 
 
-@pytest.mark.parametrize(
-    "files, names, message",
-    [
-        ({"a.txt": b"x"}, ["a.txt"], "^there is one file of text, and two are needed"),
-        ({"a.txt": b"x"}, ["a.txt", "b.txt"], "^there is no file or directory .*b.txt$"),
-        ({"a.png": b"\xff"}, ["a.png"], "^.*a.png is not text in UTF-8$"),
-        ({"d/.hidden": b"x"}, ["d"], "^there is no file of text"),
-    ],
-)
-def test_what_is_no_text_is_refused(tmp_path, files, names, message):
-    write(tmp_path, files)
-    with pytest.raises(text.TextError, match=message):
-        text.load([tmp_path / name for name in names])
-
-
 def test_windows_depend_on_key_and_step_only():
     whole = jnp.arange(200, dtype=jnp.uint8)
     draw = jax.jit(text.draw_windows, static_argnums=3)

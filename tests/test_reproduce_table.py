@@ -199,45 +199,6 @@ def test_a_stand_in_serves_cifar10_only(trainer, no_picture, tmp_path, capsys):
     assert "--dataset=folder:a b --model=resnet20 " in calls(trainer)[0]
 
 
-REFUSALS = {
-    "--settings cifar10/alexnet": "unknown 'cifar10/alexnet' (choose from cifar10/resnet20, ",
-    "--settings svhn/vgg16,svhn/vgg16": "svhn/vgg16 is named twice",
-    "--settings=": "unknown ''",
-    "--optimizers sgd,adamax": "unknown 'adamax' (choose from sgd, adam, adamw, ",
-    "--optimizers sgd,sgd": "sgd is named twice",
-    "--seeds 0": "'0' is not an integer from 1",
-    "--epochs x": "'x' is not an integer from 1",
-    "--batch_size -1": "'-1' is not an integer from 1",
-    "--precision float16": "invalid choice: 'float16'",
-    "--dataset cifar10": "'cifar10' is neither digits nor folder:PATH",
-    "--dataset folder:": "'folder:' is neither digits nor folder:PATH",
-    "--dataset digits --settings svhn/vgg16": "digits stands in for cifar10, not for svhn/vgg16",
-    "--seed 1": "unrecognized arguments: --seed 1",
-}
-
-
-@pytest.mark.parametrize("arguments", REFUSALS)
-def test_refusals(arguments, tmp_path, capsys):
-    output = tmp_path / "table"
-    try:
-        code = reproduce_table.main([*arguments.split(), "--output", str(output)])
-    except SystemExit as error:
-        code = error.code
-    assert code == 2
-    err = capsys.readouterr().err.splitlines()
-    assert len([text for text in err if not text.startswith("usage:")]) == 1
-    assert err[-1].startswith("reproduce_table.py: error: ")
-    assert REFUSALS[arguments] in err[-1]
-    assert not output.exists()
-
-
-def test_an_output_that_cannot_be_made(tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    assert main(tmp_path / "file") == 2
-    assert main(tmp_path / "file" / "table") == 2
-    assert capsys.readouterr().err.count("error: cannot create ") == 2
-
-
 def test_help_and_refusals_start_neither_jax_nor_matplotlib():
     program = (
         "import sys, reproduce_table\n"

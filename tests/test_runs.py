@@ -202,17 +202,6 @@ def test_a_run_of_another_network_is_refused(whole, tmp_path, monkeypatch, capsy
     assert sorted((output / "checkpoints").rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "summary.json", "metrics.jsonl", "seed-7"])
-def test_files_of_another_run_are_refused(name, tmp_path, capsys):
-    output = tmp_path / "run"
-    (output / name).mkdir(parents=True)
-    for options in ([], ["--resume"]):
-        assert train(output, *options) == 2
-        message = f"{output} holds files of a run that did not begin there"
-        assert message in capsys.readouterr().err
-    assert [path.name for path in output.iterdir()] == [name]
-
-
 def test_checkpoints_of_another_run_are_refused(whole, tmp_path, capsys):
     """As if they had been copied: the arrays have the same shapes."""
     output = tmp_path / "run"

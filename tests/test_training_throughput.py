@@ -242,36 +242,6 @@ def test_interruption_keeps_what_is_there(no_training, tmp_path, capsys, monkeyp
     assert [line["batch_size"] for line in read(tmp_path)] == [8, 16]
 
 
-REFUSALS = {
-    "--models resnet19": "unknown 'resnet19' (choose from resnet18, ",
-    "--precisions float16": "unknown 'float16' (choose from float32, bfloat16)",
-    "--batch_sizes 8,0": "'0' is not an integer from 1",
-    "--seeds 1,1": "1 is named twice",
-    "--optimizers lamb": "unknown 'lamb'",
-    "--rounds 0": "'0' is not an integer from 1",
-    "--accuracy 90 --dataset digits": "'90' is not a number above 0, to 1",
-    "--accuracy 0.9": "--accuracy and --dataset need each other",
-    "--dataset digits": "--accuracy and --dataset need each other",
-    "--accuracy 0.9 --dataset moons": "There is no data set 'moons'",
-    "--accuracy 0.9 --dataset digits --batch_sizes 4000": "4000 is above the 1366 training images",
-    "--report": "there are no measurements in ",
-}
-
-
-@pytest.mark.parametrize("arguments", REFUSALS)
-def test_refusals(arguments, tmp_path, capsys):
-    output = tmp_path / "throughput"
-    try:
-        code = training_throughput.main([*arguments.split(), "--output", str(output)])
-    except SystemExit as error:
-        code = error.code
-    assert code == 2
-    err = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("usage:")]
-    assert len(err) == 1 and err[0].startswith("training_throughput.py: error: ")
-    assert REFUSALS[arguments] in err[0]
-    assert not output.exists()
-
-
 def test_torch_that_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "torch_networks", raising=False)

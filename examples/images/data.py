@@ -56,7 +56,7 @@ _PUBLISHED = {
 }
 
 
-def load(name: str, *, data_dir: str) -> DataSet:
+def load(name: str, *, data_dir: str | Path) -> DataSet:
     """Reads a data set.
 
     Args:
@@ -93,10 +93,9 @@ def load(name: str, *, data_dir: str) -> DataSet:
             f"Data set {name} needs the Python package {error.name or error}; "
             "install it with: pip install 'spherical-optax[examples]'"
         ) from error
-    if len(train.labels) < 2:
+    if len(classes) < 2:
         raise DataError(
-            f"Data set {name} has {len(train.labels)} training image; it needs at least 2, "
-            "one to train on and one for validation."
+            f"Data set {name} has the class {classes[0]} only; it needs at least 2 to tell apart."
         )
     return DataSet(name, classes, train, test, mean, std, pad, flip)
 

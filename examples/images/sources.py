@@ -2,6 +2,8 @@
 
 import os
 import re
+import stat
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,13 +17,16 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from training.command import Refused
+from training.files import why_not_writable
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
 _SIZE = 32
+_MOST = 2**28  # bytes of an image file; more would be a mistake, or a trap for the memory
 # [ROOT/]train/CLASS[/FILE]; without ROOT wherever a path can be read both ways.
 _LAYOUT = re.compile(r"(?:([^/]+)/)??(train|test)/([^/]+)(?:/([^/]+))?")
+_DEEPER = re.compile(r"((?:[^/]+/)?(?:train|test)/[^/]+/[^/]+)/.+")
 _CLUTTER = re.compile(r"(^|/)(\.|__MACOSX(/|$)|Thumbs\.db$|desktop\.ini$)", re.IGNORECASE)
 
 
@@ -90,21 +95,29 @@ def read_folder(path: Path) -> tuple[tuple[str, ...], Split, Split]:
     Raises:
       DataError: the layout is another one, or something cannot be read.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # `Path.exists` raises for a name that is too long
         raise DataError(f"There is no file or directory {path}.")
     images: dict[tuple[str, str, str, str], np.ndarray] = {}
     folders: set[tuple[str, str, str]] = set()
+    stray: set[str] = set()  # what is among the classes, or deeper than their images
     resized = 0
     try:
         for name, read in tqdm(_entries(path), "reading images", unit=" files", disable=None):
             name = str(PurePosixPath(name))
             match = _LAYOUT.fullmatch(name)
-            if not match or _CLUTTER.search(name):
+            if _CLUTTER.search(name):
+                continue
+            if not match:
+                stray |= {found[1] for found in [_DEEPER.fullmatch(name)] if found}
                 continue
             root, split, label, file = (part or "" for part in match.groups())
-            if read is None:
+            if read is None and file:
+                stray.add(name)
+            elif read is None:
                 folders.add((root, split, label))
-            elif file:
+            elif not file:
+                stray.add(name)
+            else:
                 if (root, split, label, file) in images:
                     raise DataError(f"{path} holds {name} twice; keep one of them.")
                 content = read()
@@ -119,6 +132,8 @@ def read_folder(path: Path) -> tuple[tuple[str, ...], Split, Split]:
                 resized += other_size
     except DataError:
         raise
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # so does every compression
         raise DataError(
             f"{path} cannot be read to its end ({_brief(error)}); it is damaged or incomplete."
@@ -145,6 +160,17 @@ def read_folder(path: Path) -> tuple[tuple[str, ...], Split, Split]:
             raise DataError(
                 f"The class folder {split}/{label} of {path} {problem}; fill or remove it."
             )
+    tested = {label for _, _, label, _ in keys["test"]}
+    if untested := [label for label in classes if label not in tested]:
+        _warn(
+            f"{len(untested)} of the {len(classes)} classes of {path} have no test images, "
+            f"such as {untested[0]}"
+        )
+    if stray:
+        _warn(
+            f"what is in no class folder of {path}, or deeper in one, is not used, "
+            f"such as {min(stray)} ({len(stray)} in all)"
+        )
     if resized:
         print(f"{resized} of {len(images)} images were not 32x32 and have been resized to it.")
     train, test = (
@@ -155,6 +181,10 @@ def read_folder(path: Path) -> tuple[tuple[str, ...], Split, Split]:
         for split in ("train", "test")
     )
     return tuple(classes), train, test
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Callable[[], bytes] | None]]:
@@ -175,12 +205,15 @@ def _entries(path: Path) -> Iterator[tuple[str, Callable[[], bytes] | None]]:
             stream = archive.fileobj
             if stream is not None:
                 stream.seek(archive.offset)
-                if stream.read(-1)[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
+                if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("there is no end mark")
+                while stream.read(2**20):  # a compressed one has a checksum at its own end
+                    pass
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                yield info.filename, None if info.is_dir() else partial(archive.read, info)
+                read = partial(_read_zipped, archive, info)
+                yield info.filename, None if info.is_dir() else read
     else:
         raise DataError(
             f"{path} is neither a directory nor a .zip or .tar[.gz|.bz2|.xz] archive, "
@@ -199,12 +232,45 @@ def _list(directory: Path) -> list[Path]:
 def _read_file(path: Path) -> bytes:
     if path.exists() and not path.is_file():  # a pipe would wait, a device has no end
         raise DataError(f"{path} is no file; remove it.")
-    return path.read_bytes()
+    try:
+        _check_size(str(path), path.stat().st_size)
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    return file.read() if file else b""
+    name = f"{archive.name}/{member.name}"
+    try:
+        file = archive.extractfile(member)
+    except (KeyError, RecursionError) as error:
+        target = os.path.normpath(os.path.join(os.path.dirname(member.name), member.linkname))
+        where = "out" if target.startswith(("/", "..")) else "to no file"
+        raise DataError(
+            f"{name} is a link to {member.linkname}, which leads {where} of the archive; "
+            "put the image in its place."
+        ) from error
+    if file is None:
+        raise DataError(f"{name} is no file; remove it.")
+    with file:
+        _check_size(name, file.seek(0, os.SEEK_END))
+        file.seek(0)
+        return file.read()
+
+
+def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    name = f"{archive.filename}/{info.filename}"
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise DataError(f"{name} is a link; put the image in its place.")
+    _check_size(name, info.file_size)
+    return archive.read(info)
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > _MOST:
+        raise DataError(
+            f"The image {name} has {size} bytes, more than {_MOST}; repair or remove it."
+        )
 
 
 def read_tfds(name: str, data_dir: Path) -> tuple[tuple[str, ...], Split, Split]:
@@ -235,6 +301,11 @@ def read_tfds(name: str, data_dir: Path) -> tuple[tuple[str, ...], Split, Split]
     try:
         builder: Any = find_builder(name, data_dir=data_dir, file_format="array_record")
         if not builder.data_path.exists():
+            if reason := why_not_writable(data_dir):
+                raise DataError(
+                    f"Data set {name} cannot be put into --data_dir {data_dir}: {reason}; "
+                    "name another one."
+                )
             _prepare(builder, data_dir)
         return tuple(builder.info.features["label"].names), read("train"), read("test")
     except (DataError, ImportError):

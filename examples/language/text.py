@@ -110,7 +110,7 @@ def _standard_library() -> Iterator[tuple[str, bytes]]:
 def _given(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     for number, path in enumerate(paths):
         # The number tells files of one name in two directories apart.
-        if path.is_dir():
+        if os.path.isdir(path):  # `Path.is_dir` raises for a name that is too long
             for file in _walk(path):
                 inner = file.relative_to(path)
                 hidden = any(part.startswith(".") for part in inner.parts)

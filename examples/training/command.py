@@ -1,10 +1,13 @@
 """What the commands share in reading their arguments; imports nothing slow."""
 
 import argparse
+import difflib
+import errno
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,24 @@ class Refused(Exception):
     """What is asked for cannot be done; the message says why."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells of an unknown option which one may be meant."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = {
+                text.lstrip("-") for action in self._actions for text in action.option_strings
+            }
+            first = next((text for text in unknown if text.startswith("--")), "")
+            meant = did_you_mean(first.lstrip("-").partition("=")[0], options, "--")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found
+
+
 def make_parser(prog: str, usage: str, description: str | None, epilog: str) -> Any:
     """A parser that keeps the lines of its texts and takes no abbreviations."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=prog,
         usage=f"%(prog)s {usage}",
         description=description,
@@ -37,10 +55,16 @@ def prepare_process() -> None:
     os.environ["MPLBACKEND"] = "agg"
 
 
-def directory(text: str) -> Path:
-    """A path that is not empty, as that of a variable that is not set would be."""
+def a_path(text: str) -> Path:
+    """A path that can be; an empty one is that of a variable that is not set."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
+    for part in (text, *Path(text).parts):  # of what is not there yet, the first part would be all
+        try:
+            os.lstat(part)
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise argparse.ArgumentTypeError(f"{text!r}: {error.strerror}") from error
     return Path(text)
 
 
@@ -53,11 +77,35 @@ def several(kind: Callable[[str], Any], text: str) -> tuple[Any, ...]:
     return values
 
 
-def one_of(known: Sequence[str], text: str) -> str:
+def one_of(known: Iterable[str], text: str) -> str:
     """A known name."""
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"unknown {text!r} (choose from {', '.join(known)})")
+    if text not in (names := tuple(known)):
+        choice = f"(choose from {', '.join(names)})"
+        raise argparse.ArgumentTypeError(f"unknown {text!r} {choice}{did_you_mean(text, names)}")
     return text
+
+
+def choice(known: Iterable[str]) -> dict[str, Any]:
+    """What `add_argument` takes for one of these names."""
+    return {"type": partial(one_of, known), "metavar": f"{{{','.join(known)}}}"}
+
+
+def data_set(known: Iterable[str], text: str) -> str:
+    """A known name, or folder:PATH."""
+    kind, _, path = text.partition(":")
+    if kind == "folder" and path:
+        a_path(path)
+    elif text not in (names := tuple(known)):
+        choice = f"(choose from {', '.join(names)}, folder:PATH)"
+        meant = did_you_mean(text, names)
+        raise argparse.ArgumentTypeError(f"unknown data set {text!r} {choice}{meant}")
+    return text
+
+
+def did_you_mean(text: str, known: Iterable[str], before: str = "") -> str:
+    """The end of a message about an unknown name: the known one that resembles it."""
+    alike = difflib.get_close_matches(text.lower(), sorted(known), n=1)
+    return f"; did you mean {before}{alike[0]}?" if alike else ""
 
 
 def positive(text: str) -> int:

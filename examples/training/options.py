@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from training.command import directory, number, positive
+from training.command import a_path, number, positive
 
 MAX_SEEDS = 10_000
 
@@ -16,7 +16,7 @@ def add_seeds(parser: Any, of: str) -> None:
     )
     parser.add_argument(
         "--seeds",
-        type=_seeds,
+        type=seed_count,
         default=1,
         metavar="K",
         help="train K networks, with the seeds from --seed on, at once (on a CPU one after "
@@ -29,7 +29,7 @@ def add_output(parser: Any, every: str) -> None:
     add = parser.add_argument
     add(
         "--output",
-        type=directory,
+        type=a_path,
         metavar="DIR",
         help="directory to make for arguments.json, metrics.jsonl, summary.json, curves.png and "
         "checkpoints (default: none, nothing is written)",
@@ -107,7 +107,8 @@ def _index(text: str) -> int:
     return number(text, int, lambda value: value >= 0, "an integer from 0")
 
 
-def _seeds(text: str) -> int:
+def seed_count(text: str) -> int:
+    """A number of seeds."""
     return number(
         text, int, lambda value: 1 <= value <= MAX_SEEDS, f"an integer from 1 to {MAX_SEEDS}"
     )

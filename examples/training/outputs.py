@@ -1,7 +1,6 @@
 """The output directory of a command: looked at, claimed, and shared out among the seeds."""
 
 import fcntl
-import json
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 
 from training.command import Refused
 from training.display import say
-from training.files import read_if_whole
+from training.files import read_if_whole, read_object, why_not_writable
 from training.processes import leads
 from training.records import write_json
 
@@ -50,28 +49,26 @@ def _check(output: Path, arguments: dict[str, Any], *, resume: bool) -> None:
 
     Touches nothing.
     """
-    existing = next(p for p in (output, *output.absolute().parents) if os.path.lexists(p))
-    if not existing.is_dir():
-        raise OutputError(f"cannot write to {output}: {existing} is not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write to {output}: no permission to write in {existing}")
-    try:
-        found = json.loads((output / ARGUMENTS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if reason := why_not_writable(output):
+        raise OutputError(f"cannot write to {output}: {reason}")
+    if not os.path.lexists(output / ARGUMENTS):
         names = (METRICS, SUMMARY, CHECKPOINTS)
         if any(map(os.path.lexists, [*map(output.joinpath, names), *output.glob("seed-*")])):
-            raise OutputError(f"{output} holds files of a run that did not begin there") from None
+            raise OutputError(f"{output} holds files of a run that did not begin there")
         return
-    except ValueError as error:
-        raise OutputError(f"{output / ARGUMENTS} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise OutputError(f"{output / ARGUMENTS} is damaged: it holds no arguments")
+    found = read_object(output / ARGUMENTS)
     if not resume:
         raise OutputError(
             f"{output} already holds a run: go on with it (--resume), name another --output, "
             "or move it away"
         )
     check_same(output, found, arguments)
+    for name in (METRICS, SUMMARY, GEOMETRY, CHECKPOINTS):
+        path, wanted = output / name, "directory" if name == CHECKPOINTS else "file"
+        if os.path.exists(path) and not (
+            path.is_dir() if wanted == "directory" else path.is_file()
+        ):
+            raise OutputError(f"{path} is no {wanted}: move it away")
 
 
 def check_same(place: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def read_lines(path: Path, unit: str, numbers: Sequence[int]) -> list[Line]:
     """
     found = {}
     for text in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn or damaged line
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # torn, damaged
             line = json.loads(text)
             _line(line)  # raises for NaN, which is no JSON
             found[line[unit]] = line

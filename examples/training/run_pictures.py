@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from training.command import Refused, make_parser
-from training.files import replace_file
+from training.command import Refused, a_path, make_parser
+from training.files import parse_object, read_bytes, read_object, replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +31,7 @@ def make_drawing_parser(
     """A parser of directories with runs, and of the picture to write, by default `picture`."""
     parser = make_parser(prog, "[options] DIR...", description, epilog)
     parser.add_argument(
-        "directories", type=Path, nargs="+", metavar="DIR", help="with runs at or below it"
+        "directories", type=a_path, nargs="+", metavar="DIR", help="with runs at or below it"
     )
     parser.add_argument(
         "--output",
@@ -47,7 +46,7 @@ def make_drawing_parser(
 def _png(text: str) -> Path:
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
-    return Path(text)
+    return a_path(text)
 
 
 def check_output(path: Path) -> None:
@@ -123,44 +122,16 @@ def read_arguments(directory: Path) -> Arguments:
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
     """The lines of a file that has one for each epoch, or so many steps, from the first on."""
-    *lines, last = _text(path).split("\n")
-    epochs = [_object(path, text, line) for line, text in enumerate(lines, 1)]
+    *lines, last = read_bytes(path).split(b"\n")
+    epochs = [parse_object(path, text, line) for line, text in enumerate(lines, 1)]
     with contextlib.suppress(Refused):  # the last line may be torn: of a run under way, or killed
-        epochs.append(_object(path, last))
+        epochs.append(parse_object(path, last))
     every = epochs[0].get("step") if epochs else None  # of a language model
     unit, every = ("epoch", 1) if not isinstance(every, int) else ("step", every)
     for line, epoch in enumerate(epochs, 1):
         if epoch.get(unit) != every * line:
             raise Refused(f"{path}, line {line}: damaged, it is not of {unit} {every * line}")
     return epochs
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that is a file."""
-    return _object(path, _text(path))
-
-
-def _text(path: Path) -> str:
-    try:
-        # A pipe would wait, and a device has no end.
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise Refused(f"cannot read {path}: it is no file")
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise Refused(f"cannot read {path}: {error.strerror}") from error
-
-
-def _object(path: Path, text: str, first_line: int = 1) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise Refused(f"{path}, line {line}: damaged, not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits; too many brackets
-        raise Refused(f"{path}, line {first_line}: damaged, too large to be read") from error
-    if not isinstance(value, dict):
-        raise Refused(f"{path}, line {first_line}: damaged, not a JSON object")
-    return value
 
 
 def check_number(place: str, values: dict[str, Any], key: str, most: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,7 +62,8 @@ def blocks(axis: int, count: int, *, channel_axes: int | Sequence[int] = ()) -> 
     Array([[6., 6.]], dtype=float32)
     """
     others = channel_axes if isinstance(channel_axes, Sequence) else (channel_axes,)
-    axis, count, *rest = (_integer(value, "blocks") for value in (axis, count, *others))
+    what = f"so.blocks({axis!r}, {count!r})"
+    axis, count, *rest = (_integer(value, what) for value in (axis, count, *others))
     if count < 1:
         raise ValueError(f"blocks: count={count} is below 1")
     return Blocks(axis, count, tuple(rest))
@@ -195,7 +196,7 @@ def widen(x: ArrayLike) -> jax.Array:
 
 def zeros_per_group(x: Any, groups: Layout) -> jax.Array:
     """A zero for each group, in the real dtype for arithmetic, where `x` or its shape says."""
-    dtype = jnp.finfo(wide_dtype(x.dtype)).dtype
+    dtype = jnp.finfo(wide_dtype(jnp.result_type(x))).dtype
     if isinstance(x, jax.core.Tracer):
         # The sum is never computed, but has the sharding, and the mesh axes to vary over.
         return groups.unview(
@@ -266,6 +267,12 @@ def zero_where(condition: jax.Array, x: jax.Array) -> jax.Array:
 
 def in_view(fn: Callable[..., jax.Array], channel_axes: Axes, *arrays: jax.Array) -> jax.Array:
     """Calls `fn(*arrays, axes)` on the widened views of arrays of one shape."""
+    for array in arrays:
+        if array is None or isinstance(array, str | Mapping):
+            raise TypeError(
+                f"{type(array).__name__} is no array; for trees there are so.radius and "
+                "so.angle_per_step"
+            )
     shapes = [jnp.shape(array) for array in arrays]
     if len(set(shapes)) > 1:
         raise ValueError(f"the arrays have the shapes {', '.join(map(str, shapes))} and not one")

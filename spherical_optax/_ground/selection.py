@@ -260,6 +260,8 @@ def select(tree: optax.Params, channel_axes: ChannelAxes) -> list[Leaf]:
     leaves = []
     for path, value in named_leaves(tree):
         if is_hole(value) or not hasattr(value, "shape"):
+            if isinstance(value, str):
+                raise TypeError(f"{path}: {value!r} is no array".removeprefix(": "))
             shape = jnp.shape(value) if not is_hole(value) else ()
             leaves.append(Leaf(path, value, Layout(shape, shape), None))
             continue

@@ -14,12 +14,14 @@ from spherical_optax._ground.geometry import (
     transport_momentum,
 )
 from spherical_optax._ground.groups import nonzero, product, squared_norm
+from spherical_optax._ground.hyperparams import check_rates
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes
 from spherical_optax._links.moments import (
     adam_step,
     average,
     bias_correction,
+    check_moments,
     step_per_momentum,
     zero_moments,
 )
@@ -54,7 +56,8 @@ def scale_by_adam_g(
       least, has one number per group.
 
     Raises:
-      ValueError: `transport` is unknown, or `update` is called without the parameters.
+      ValueError: `transport` is unknown, a number is out of range, or `update` is called without
+        the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     >>> import jax.numpy as jnp, spherical_optax as so
@@ -64,6 +67,7 @@ def scale_by_adam_g(
     Array([0., 2.], dtype=float32)
     """
     check_transport(transport)
+    check_moments(b1, b2, eps, mu_dtype)
 
     def init_fn(params):
         mu, nu = zero_moments(params, channel_axes, mu_dtype)
@@ -132,7 +136,7 @@ def adam_g(
       A gradient transformation. Nothing that changes the updates may follow it.
 
     Raises:
-      ValueError: `update` is called without the parameters.
+      ValueError: a number is out of range, or `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Cho & Lee, *Riemannian approach to batch normalization* (arXiv 1709.09603),
@@ -166,6 +170,8 @@ def _adam_g(
     The norm of the point that a step leads to follows from products of what is there before it, so
     that all sums of all leaves can be taken at once.
     """
+    check_rates(learning_rate=learning_rate)
+    check_moments(b1, b2, eps, mu_dtype)
 
     def init_fn(params):
         mu, nu = zero_moments(params, channel_axes, mu_dtype)

@@ -9,12 +9,14 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._ground.groups import group_size
+from spherical_optax._ground.hyperparams import check_weight_decay
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes
 from spherical_optax._links.moments import (
     adam_step,
     average,
     bias_correction,
+    check_moments,
     decay_at,
     decay_gradient,
     zero_moments,
@@ -47,6 +49,7 @@ def scale_by_adam_s(
       least, has one number per group.
 
     Raises:
+      ValueError: a number is out of range.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     >>> import jax.numpy as jnp, spherical_optax as so
@@ -68,6 +71,9 @@ def _scale_by_adam_s(
     channel_axes: ChannelAxes,
     mu_dtype: DTypeLike | None,
 ) -> optax.GradientTransformation:
+    check_moments(b1, b2, eps, mu_dtype)
+    check_weight_decay(0.0 if weight_decay is None else weight_decay)
+
     def init_fn(params):
         mu, nu = zero_moments(params, channel_axes, mu_dtype)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
@@ -134,7 +140,7 @@ def adam_s(
       per group.
 
     Raises:
-      ValueError: `update` is called without the parameters.
+      ValueError: a number is out of range, or `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Roburin et al., *Spherical Perspective on Learning with Normalization Layers*

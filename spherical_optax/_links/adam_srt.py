@@ -11,12 +11,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._ground.geometry import Transport, check_transport, transport_momentum
 from spherical_optax._ground.groups import group_size, nonzero, squared_norm
+from spherical_optax._ground.hyperparams import check_weight_decay
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes
 from spherical_optax._links.moments import (
     adam_step,
     average,
     bias_correction,
+    check_moments,
     decay_at,
     decay_gradient,
     zero_moments,
@@ -61,7 +63,8 @@ def scale_by_adam_srt(
       least, has one number per group, the second moment of the gradients times |x|² with "rescale".
 
     Raises:
-      ValueError: `transport` is unknown, or `update` is called without the parameters.
+      ValueError: `transport` is unknown, a number is out of range, or `update` is called without
+        the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     >>> import jax.numpy as jnp, optax, spherical_optax as so
@@ -86,6 +89,9 @@ def _scale_by_adam_srt(
     transport: Transport,
     mu_dtype: DTypeLike | None,
 ) -> optax.GradientTransformation:
+    check_moments(b1, b2, eps, mu_dtype)
+    check_weight_decay(0.0 if weight_decay is None else weight_decay)
+
     def init_fn(params):
         mu, nu = zero_moments(params, channel_axes, mu_dtype)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
@@ -168,7 +174,7 @@ def adam_srt(
       A gradient transformation.
 
     Raises:
-      ValueError: `update` is called without the parameters.
+      ValueError: a number is out of range, or `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Roburin et al., *Spherical Perspective on Learning with Normalization Layers*

@@ -11,9 +11,15 @@ import optax
 from jax.typing import ArrayLike
 
 from spherical_optax._ground.groups import group_size, inner
+from spherical_optax._ground.hyperparams import (
+    check_decays,
+    check_not_negative,
+    check_optimizer,
+    check_shares,
+)
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
-from spherical_optax._links.moments import bias_correction
+from spherical_optax._links.moments import bias_correction, check_moments
 from spherical_optax._links.ready import scale_by_learning_rate
 
 
@@ -53,7 +59,7 @@ def project_where_invariant(
       A gradient transformation around that of the direction.
 
     Raises:
-      ValueError: `update` is called without the parameters.
+      ValueError: a number is out of range, or `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Heo et al., *AdamP* (arXiv 2006.08217), algorithms 2 and 3.
@@ -65,6 +71,8 @@ def project_where_invariant(
     >>> u, 10 * tx.update(jnp.array([0.0, 1.0]), state, x)[0]  # of the momentum, what turns x
     (Array([1., 1.], dtype=float32), Array([ 0., 19.], dtype=float32))
     """
+    check_optimizer(direction=direction)
+    check_not_negative(weight_decay=weight_decay, delta=delta, wd_ratio=wd_ratio, eps=eps)
     direction = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> optax.OptState:
@@ -97,8 +105,8 @@ def project_where_invariant(
                 rho = jnp.where(groups_pass | layer_passes, jnp.asarray(wd_ratio, x.dtype), rho)
             return u + (jnp.asarray(weight_decay, x.dtype) * rho - share) * x, g
 
-        updates, _ = map_leaves(leaf, channel_axes, directions, updates, params=params)
-        return updates, state
+        steps, _ = map_leaves(leaf, channel_axes, directions, updates, params=params)
+        return optax.tree.cast_like(steps, updates), state  # a direction may be wider
 
     def _projection(
         sums: list[jax.Array], size: int, layer: tuple[int, ...]
@@ -158,7 +166,7 @@ def adamp(
       A gradient transformation.
 
     Raises:
-      ValueError: `update` is called without the parameters.
+      ValueError: a number is out of range, or `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Heo et al., *AdamP* (arXiv 2006.08217), algorithm 3.
@@ -170,6 +178,7 @@ def adamp(
     >>> abs(so.group_inner(updates, x, channel_axes=())) < 1e-6
     Array([ True], dtype=bool)
     """
+    check_moments(b1, b2, eps)
     direction = _adam_with_nesterov(b1, b2, eps) if nesterov else optax.scale_by_adam(b1, b2, eps)
     projected = project_where_invariant(
         direction,
@@ -240,7 +249,7 @@ def sgdp(
       A gradient transformation.
 
     Raises:
-      ValueError: `update` is called without the parameters.
+      ValueError: a number is out of range, or `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Heo et al., *AdamP* (arXiv 2006.08217), algorithm 2.
@@ -251,6 +260,9 @@ def sgdp(
     >>> abs(tx.update(g, tx.init(x), x)[0]).round(4)
     Array([0. , 0.5], dtype=float32)
     """
+    check_decays(momentum=momentum)
+    check_shares(dampening=dampening)
+    check_not_negative(weight_decay=weight_decay)
     undamped = optax.trace(momentum, nesterov=False)
     direction = optax.chain(optax.scale(1 - dampening), undamped) if dampening else undamped
     if nesterov:

@@ -15,6 +15,7 @@ import optax
 
 from spherical_optax._ground.geometry import great_circle, tangent, to_radius
 from spherical_optax._ground.groups import group_norm, nonzero, norm, squared_norm, zeros_per_group
+from spherical_optax._ground.hyperparams import check_shares
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected, select
 from spherical_optax._links.ready import stateless_link
@@ -171,7 +172,7 @@ def project_to_sphere(
 
 def check_radius(radius: float | jax.Array) -> None:
     """Raises `ValueError` unless it is one number, positive and finite."""
-    if isinstance(radius, str) or jnp.shape(radius) != ():
+    if radius is None or isinstance(radius, str) or jnp.shape(radius) != ():
         raise ValueError(f"radius={radius!r} is not one number")
     if not isinstance(radius, jax.core.Tracer) and not 0 < float(radius) < math.inf:
         raise ValueError(f"radius={radius!r} is not a positive finite number")
@@ -243,9 +244,7 @@ def radial_brake(
     >>> tx.update(x, tx.init(x), x)[0]  # of a growth from 5 to 10
     Array([1.5, 2. ], dtype=float32)
     """
-    for name, share in (("outward", outward), ("inward", inward)):
-        if not isinstance(share, jax.core.Tracer) and not 0 <= share <= 1:
-            raise ValueError(f"{name}={share!r} is not in [0, 1]")
+    check_shares(outward=outward, inward=inward)
 
     def leaf(axes: tuple[int, ...], u: jax.Array, x: jax.Array) -> jax.Array:
         if not axes:

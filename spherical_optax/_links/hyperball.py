@@ -12,9 +12,11 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._ground.groups import inner, nonzero, squared_norm, wide_dtype, zeros_per_group
+from spherical_optax._ground.hyperparams import check_not_negative, check_optimizer, check_rates
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected
 from spherical_optax._links.constraints import check_radius, radius_at_init
+from spherical_optax._links.moments import check_moments
 
 Radius = float | Callable[[str, Any], ArrayLike] | None
 Retraction = Literal["normalize", "exp"]
@@ -75,7 +77,7 @@ def hyperball(
       A gradient transformation. Nothing that changes the updates may follow it.
 
     Raises:
-      ValueError: an unknown `retraction` or `zero`; a radius that is not positive and finite; at
+      ValueError: an unknown `retraction` or `zero`; a number that is out of range; at
         init, a group of zeros (see `zero`); `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
@@ -149,6 +151,7 @@ def adam_h(
     >>> so.group_norm(optax.apply_updates(x, updates), channel_axes=-1).round(5)
     Array([[5., 1.]], dtype=float32)
     """
+    check_moments(b1, b2, eps, mu_dtype)
     return on_hyperballs(
         optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
         learning_rate,
@@ -179,6 +182,10 @@ def on_hyperballs(
         check_radius(radius)
     if classic_learning_rate is None:
         classic_learning_rate = learning_rate
+    check_optimizer(direction=direction)
+    check_rates(1 if retraction == "normalize" else math.pi, learning_rate=learning_rate)
+    check_rates(adam_learning_rate=classic_learning_rate)
+    check_not_negative(adam_weight_decay=classic_weight_decay)
     direction = optax.with_extra_args_support(direction)
     step = _normalized_step if retraction == "normalize" else _geodesic_step
 
@@ -194,7 +201,7 @@ def on_hyperballs(
     ) -> tuple[optax.Updates, HyperballState]:
         params = need_params(params, "hyperball")
         check_trees(channel_axes, updates, params)
-        updates, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
+        directions, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
         rates = (learning_rate, classic_learning_rate)
         eta, classic_eta = (rate(state.count) if callable(rate) else rate for rate in rates)
 
@@ -210,7 +217,9 @@ def on_hyperballs(
             r = jax.lax.select(r == 0, jnp.sqrt(xx), r)
             return step(jnp.asarray(eta, u.dtype), u, x, xx, r, axes), r
 
-        updates, radii = map_leaves(leaf, channel_axes, updates, state.radius, params=params)
+        steps, radii = map_leaves(leaf, channel_axes, directions, state.radius, params=params)
+        # A direction may be wider, such as that of Optax's Adam with a wider mu_dtype.
+        updates = optax.tree.cast_like(steps, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, HyperballState(inner_state, count, radii)
 
@@ -271,7 +280,9 @@ def _radii(leaf: Leaf, radius: Radius, zero: Zero) -> jax.Array:
     if isinstance(value, jax.ShapeDtypeStruct):
         return radii
     if zero == "fill":
-        others = jnp.sqrt(jnp.sum(radii**2) / jnp.maximum(jnp.sum(radii > 0), 1))
+        known = (radii > 0) & (radii < math.inf)
+        total = jnp.sum(jnp.where(known, radii, 0) ** 2)
+        others = jnp.sqrt(total / jnp.maximum(jnp.sum(known), 1))
         radii = jnp.where(radii == 0, others.astype(radii.dtype), radii)
     if zero != "skip" and not isinstance(radii, jax.core.Tracer) and jnp.any(radii == 0):
         raise ValueError(

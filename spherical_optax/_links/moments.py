@@ -6,6 +6,7 @@ An array without reduction axes runs through the same lines and comes out as in 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,15 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._ground.groups import squared_norm, zeros_per_group
+from spherical_optax._ground.hyperparams import check_decays, check_dtype, check_not_negative
 from spherical_optax._ground.selection import ChannelAxes, map_selected
+
+
+def check_moments(b1: ArrayLike, b2: ArrayLike, eps: ArrayLike, mu_dtype: Any = None) -> None:
+    """Raises `ValueError` or `TypeError` unless an Adam can have these."""
+    check_decays(b1=b1, b2=b2)
+    check_not_negative(eps=eps)
+    check_dtype(mu_dtype=mu_dtype)
 
 
 def zero_moments(

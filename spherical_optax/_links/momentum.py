@@ -8,6 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from spherical_optax._ground.geometry import Transport, check_transport, transport_momentum
 from spherical_optax._ground.groups import nonzero, squared_norm
+from spherical_optax._ground.hyperparams import check_decays, check_dtype, check_shares
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
 from spherical_optax._links.ready import DecayMask, add_coupled_decay, scale_by_learning_rate
@@ -38,7 +39,8 @@ def trace_rt(
       A gradient transformation whose state is an `optax.TraceState`.
 
     Raises:
-      ValueError: `transport` is unknown, or `update` is called without the parameters.
+      ValueError: `transport` is unknown, a number is out of range, or `update` is called without
+        the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     >>> import jax.numpy as jnp, spherical_optax as so
@@ -49,6 +51,9 @@ def trace_rt(
     Array([0., 2.], dtype=float32)
     """
     check_transport(transport)
+    check_decays(decay=decay)
+    check_shares(dampening=dampening)
+    check_dtype(accumulator_dtype=accumulator_dtype)
 
     def init_fn(params):
         select(params, channel_axes)  # raises if it does not fit
@@ -104,7 +109,7 @@ def sgd_mrt(
       A gradient transformation.
 
     Raises:
-      ValueError: `update` is called without the parameters.
+      ValueError: a number is out of range, or `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Roburin et al., *Spherical Perspective on Learning with Normalization Layers*
@@ -116,6 +121,7 @@ def sgd_mrt(
     >>> tx.update(jnp.array([0.0, 1.0]), tx.init(x), x)[0]
     Array([-0. , -0.1], dtype=float32)
     """
+    check_decays(momentum=momentum)
     return optax.chain(
         add_coupled_decay(weight_decay, "sgd_mrt", mask=weight_decay_mask),
         trace_rt(

@@ -8,6 +8,12 @@ import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from spherical_optax._ground.hyperparams import (
+    check_count,
+    check_decays,
+    check_dtype,
+    check_not_negative,
+)
 from spherical_optax._ground.selection import ChannelAxes, path_labels, select
 from spherical_optax._links.hyperball import Radius, on_hyperballs
 from spherical_optax._links.ready import stateless_link
@@ -32,7 +38,7 @@ def orthogonalize_per_group(
       A gradient transformation without state, which does not need the parameters.
 
     Raises:
-      ValueError: at init, where a group is no matrix.
+      ValueError: `ns_steps` is below 1; at init, where a group is no matrix.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Jordan et al., *Muon* (2024).
@@ -43,6 +49,7 @@ def orthogonalize_per_group(
     >>> jnp.all((0.6 < jnp.diag(u)) & (jnp.diag(u) < 1.3))
     Array(True, dtype=bool)
     """
+    check_count(ns_steps=ns_steps)
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
         for leaf in select(params, channel_axes):
@@ -125,6 +132,9 @@ def muon_h(
     >>> jnp.all((0.015 < angles) & (angles < 0.025))
     Array(True, dtype=bool)
     """
+    check_decays(beta=beta, adam_b1=adam_b1, adam_b2=adam_b2)
+    check_not_negative(adam_eps=adam_eps)
+    check_dtype(mu_dtype=mu_dtype)
     direction = optax.partition(
         {
             "spherical": optax.chain(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from spherical_optax._ground.hyperparams import check_rates, check_weight_decay
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
 
@@ -54,6 +55,7 @@ def add_coupled_decay(
     Optax would broadcast updates of another shape against the parameters. The leaves that
     `except_spherical` selects take no decay.
     """
+    check_weight_decay(weight_decay)
     decay = optax.add_decayed_weights(weight_decay, mask)
 
     def update_fn(updates, state, params=None):
@@ -76,6 +78,7 @@ def scale_by_learning_rate(
     Optax multiplies by an array, such as one that `optax.inject_hyperparams` traces, in the wider
     of the two dtypes.
     """
+    check_rates(learning_rate=learning_rate)
     rate = optax.scale_by_learning_rate(learning_rate)
 
     def update_fn(updates, state, params=None):

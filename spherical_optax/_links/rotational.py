@@ -10,6 +10,12 @@ import optax
 from jax.typing import ArrayLike
 
 from spherical_optax._ground.groups import inner, nonzero, zeros_per_group
+from spherical_optax._ground.hyperparams import (
+    check_decays,
+    check_not_negative,
+    check_optimizer,
+    check_rates,
+)
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, map_selected
 from spherical_optax._links.constraints import radius_at_init
@@ -65,7 +71,7 @@ def rotational(
       A gradient transformation. Nothing that changes the updates may follow it.
 
     Raises:
-      ValueError: `update` is called without the parameters.
+      ValueError: a number is out of range, or `update` is called without the parameters.
       ValueError, TypeError: at init, when the selection does not fit the parameters.
 
     Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), algorithm 1.
@@ -77,6 +83,10 @@ def rotational(
     >>> jnp.tan(so.angle_per_step(x, updates, channel_axes=())).round(5)
     Array([0.25], dtype=float32)
     """
+    check_optimizer(direction=direction)
+    check_rates(angle=angle)
+    check_decays(update_norm_decay=update_norm_decay)
+    check_not_negative(eps=eps)
     direction = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> RotationalState:
@@ -113,22 +123,28 @@ def rotational(
                 return -eta * u, r, s
             if zero_mean:
                 u = u - jnp.mean(u, axes, keepdims=True)
-            # One round of sums: |P_x(u)|² and |y|² by Pythagoras.
+            # One round of sums: |P_x(u)|² and |y|² by Pythagoras. Of a radial direction rounding is
+            # left, which would be made a step.
             xx, xu, uu = (inner(v, w, axes) for v, w in ((x, x), (x, u), (u, u)))
             share = xu / nonzero(xx)
-            vv = jnp.maximum(uu - share * xu, 0)
+            vv = uu - share * xu
+            still = vv <= 8 * jnp.finfo(u.dtype).eps * uu
+            vv = jax.lax.select(still, jnp.zeros_like(vv), vv)
             s = average(vv, s, update_norm_decay)
             length = jnp.sqrt(s / correction.astype(s.dtype)) + jnp.asarray(eps, s.dtype)
             # A group of zeros has no radius, and takes the classic step.
             free = r == 0
-            step = jnp.where(free, eta, eta * r / nonzero(length))
-            scale = jnp.where(free, 1, r / nonzero(jnp.sqrt(xx + step**2 * vv)))
+            length = jax.lax.select(still, jnp.full_like(length, jnp.inf), length)
+            step = jnp.where(free, eta, eta * r / length)
+            square = jnp.maximum(xx + step**2 * vv, jnp.finfo(u.dtype).tiny)
+            scale = jnp.where(free, 1, r / jnp.sqrt(square))
             of_x = scale * (1 + step * share) - 1
             return of_x * x - scale * step * u, r, s
 
-        updates, radii, square = map_leaves(
+        steps, radii, square = map_leaves(
             leaf, channel_axes, directions, state.radius, state.square, params=params
         )
+        updates = optax.tree.cast_like(steps, updates)  # a direction may be wider
         return updates, RotationalState(inner_state, count, radii, square)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

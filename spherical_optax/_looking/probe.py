@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from spherical_optax._ground.geometry import to_radius
 from spherical_optax._ground.groups import Layout, nonzero, norm, wide_dtype, widen
+from spherical_optax._ground.hyperparams import check_tolerance
 from spherical_optax._ground.selection import is_hole, named_leaves
 
 LossFn = Callable[[Any, Any], ArrayLike]
@@ -60,8 +61,7 @@ def probe(
     """
     if not batches:
         raise ValueError("no batch: pass at least one after the parameters")
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance={tolerance} is not in (0, 1)")
+    check_tolerance(tolerance)
     named = named_leaves(params)
     structure = jax.tree.structure(params, is_leaf=is_hole)
     places = [i for i, (_, leaf) in enumerate(named) if is_floating(leaf)]

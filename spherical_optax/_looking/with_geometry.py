@@ -19,6 +19,7 @@ from spherical_optax._ground.groups import (
     widen,
     zero_where,
 )
+from spherical_optax._ground.hyperparams import check_count, check_optimizer
 from spherical_optax._ground.leaves import aligned, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, is_hole, named_leaves, select
 
@@ -99,9 +100,8 @@ def with_geometry(
     >>> so.geometry(state)["conv/turn_per_gradient/mean"] * 2**2  # η, as r = 2
     Array(0.1, dtype=float32)
     """
-    every = operator.index(every)
-    if every < 1:
-        raise ValueError(f"with_geometry: every={every} is not an integer from 1")
+    check_count(every=every)
+    check_optimizer(optimizer=optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: optax.Params) -> WithGeometryState:
@@ -224,6 +224,8 @@ def _kept_axis(leaf: Leaf, keep: int | Callable[[str, Any], int | None] | None) 
     if axis is None:
         return None
     shape, counts = leaf.groups.shape, leaf.groups.counts
+    if not hasattr(axis, "__index__"):
+        raise TypeError(f"{leaf.path}: keep={axis!r} is no axis, and no callable (path, leaf)")
     axis = operator.index(axis)
     if not -len(shape) <= axis < len(shape) or counts[axis] != shape[axis]:
         raise ValueError(
