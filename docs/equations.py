@@ -36,7 +36,7 @@ TOKEN = re.compile(
     r"""(?P<space>\s+)|(?P<string>"[^"]*")|(?P<number>\d+(?:\.\d+)?)|\^(?P<power>\w)|(?P<square>²)"""
     r"""|(?P<name>[A-Za-zα-ω][A-Za-z0-9_α-ω]*(?:'s\b|')?)|(?P<sign><-|<=|>=|.)"""
 )
-SECTION = re.compile(r"(Args|Returns|Raises|Source|References):|>>> ")
+SECTION = re.compile(r"(Args|Returns|Raises|Source):|>>> ")
 
 
 class UnknownToken(ValueError):

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import jax
@@ -116,6 +117,14 @@ def test_a_test_follows_every_formula():
         of_section = behind.split("\n## ")[0]
         # Two formulas in a row have their tests behind the second.
         assert "`test_" in of_section or behind is not formulas[-1] and len(of_section) < 200
+
+
+def test_the_version_is_the_newest_in_the_changelog():
+    version, date = re.findall(r"^## \[(.+)\] - (.+)$", TEXTS["CHANGELOG.md"], re.MULTILINE)[0]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert project["version"] == version
+    assert f"version: {version}" in citation and f"date-released: {date}" in citation
 
 
 # The reference and its equations.
