@@ -26,6 +26,7 @@ from spherical_optax._ground.groups import (
     zero_where,
 )
 
+#: How a momentum follows the point; `scale_by_adam_srt` and `scale_by_adam_g` name the modes.
 Transport = Literal["rescale", "isometric", "none"]
 
 

@@ -49,7 +49,7 @@ def blocks(axis: int, count: int, *, channel_axes: int | Sequence[int] = ()) -> 
       channel_axes: other axes that index groups, such as 0 for layers stacked by a scan.
 
     Returns:
-      A hashable value: each block, together with each index of `channel_axes`, is one group.
+      A hashable value. Each block, together with each index of `channel_axes`, is one group.
 
     Raises:
       TypeError: an argument is not an integer.
@@ -290,7 +290,7 @@ def group_inner(x: jax.Array, y: jax.Array, *, channel_axes: Axes) -> jax.Array:
         group per element.
 
     Returns:
-      The inner products, summed in float32 at least: the summed axes stay with size 1, and an axis
+      The inner products, summed in float32 at least. The summed axes stay with size 1, and an axis
       of blocks with their number.
 
     Raises:
@@ -314,7 +314,7 @@ def group_norm(x: jax.Array, *, channel_axes: Axes) -> jax.Array:
         group per element.
 
     Returns:
-      The norms, summed in float32 at least: the summed axes stay with size 1, and an axis of blocks
+      The norms, summed in float32 at least. The summed axes stay with size 1, and an axis of blocks
       with their number. The gradient at a group of zeros is zero. Squares have the range of the
       sum's dtype: in float32, norms from 1e-19 to 1e19 are exact to rounding.
 

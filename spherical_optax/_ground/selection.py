@@ -21,6 +21,9 @@ import optax
 
 from spherical_optax._ground.groups import Axes, Blocks, Layout, layout
 
+#: A selection: the axes that index groups, for all leaves, or a callable `(path, leaf) -> axes`.
+#: Axes are an integer, a tuple of integers (`()` for the whole array), `blocks` of one axis, or
+#: `None` for no sphere.
 ChannelAxes = Axes | Callable[[str, Any], Axes]
 
 
@@ -150,8 +153,8 @@ def describe(params: optax.Params, channel_axes: ChannelAxes) -> str:
       channel_axes: the selection.
 
     Returns:
-      A line for each leaf: path, shape, and groups × dimension or "classic"; with a selection from
-      `find_invariant_groups`, what it measured too. Above 40 lines, repeated layers share one
+      A line for each leaf, of path, shape, and groups × dimension or "classic"; with a selection
+      from `find_invariant_groups`, what it measured too. Above 40 lines, repeated layers share one
       (`blocks/0…11/conv/kernel`). The last line has the totals.
 
     Raises:

@@ -52,8 +52,8 @@ def scale_by_adam_g(
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
     Returns:
-      A gradient transformation whose state is an `optax.ScaleByAdamState`: nu, in float32 at least,
-      has one number per group.
+      A gradient transformation whose state is an `optax.ScaleByAdamState`. Its nu, in float32 at
+      least, has one number per group.
 
     Raises:
       ValueError: `transport` is unknown, a number is out of range, or `update` is called without

@@ -59,8 +59,8 @@ def scale_by_adam_srt(
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
     Returns:
-      A gradient transformation whose state is an `optax.ScaleByAdamState`: nu, in float32 at least,
-      has one number per group, the second moment of the gradients times |x|² with "rescale".
+      A gradient transformation whose state is an `optax.ScaleByAdamState`. Its nu, in float32 at
+      least, has one number per group, the second moment of the gradients times |x|² with "rescale".
 
     Raises:
       ValueError: `transport` is unknown, a number is out of range, or `update` is called without

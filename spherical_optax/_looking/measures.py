@@ -59,8 +59,7 @@ def angle_per_step(
     Raises:
       ValueError: the trees differ.
 
-    References:
-      Roburin et al., Neurocomputing 2022 (arXiv 2006.13382): the step's image on the sphere.
+    Source: Roburin et al., Neurocomputing 2022 (arXiv 2006.13382), the step's image on the sphere.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> x, s = jnp.array([2.0, 0.0]), jnp.array([0.0, 2.0])
@@ -127,8 +126,8 @@ def deformation(
     Raises:
       ValueError: the trees differ.
 
-    References:
-      Roburin et al., Neurocomputing 2022 (arXiv 2006.13382): the deformation of Adam's gradients.
+    Source: Roburin et al., Neurocomputing 2022 (arXiv 2006.13382), the deformation of Adam's
+    gradients.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> x, g = jnp.array([1.0, 0.0, 0.0]), jnp.array([0.0, 3.0, 4.0])
@@ -175,9 +174,8 @@ def effective_learning_rate(
     Raises:
       ValueError: the trees differ.
 
-    References:
-      Roburin et al., Neurocomputing 2022 (arXiv 2006.13382), the table of effective learning rates
-      and directions.
+    Source: Roburin et al., Neurocomputing 2022 (arXiv 2006.13382), the table of effective learning
+    rates and directions.
 
     >>> import jax.numpy as jnp, spherical_optax as so
     >>> x, g = jnp.array([2.0, 0.0]), jnp.array([0.0, 3.0])

@@ -89,8 +89,8 @@ def with_geometry(
       ValueError: `every` is below 1, `keep` is an axis that groups span, or `update` is called
         without the parameters or with other trees.
 
-    References:
-      Roburin et al., Neurocomputing 2022 (arXiv 2006.13382): effective learning rate and direction.
+    Source: Roburin et al., Neurocomputing 2022 (arXiv 2006.13382), effective learning rate and
+    direction.
 
     >>> import jax.numpy as jnp, optax, spherical_optax as so
     >>> tx = so.with_geometry(optax.sgd(0.1), channel_axes=-1)
@@ -182,7 +182,7 @@ def geometry(state: optax.OptState) -> dict[str, jax.Array]:
       state: a state of `with_geometry`, or any tree that holds one, such as a chain's state.
 
     Returns:
-      Names such as `blocks/0/conv1/kernel/angle/mean`, each with its figure: a scalar, or an array
+      Names such as `blocks/0/conv1/kernel/angle/mean`, each with its figure, a scalar or an array
       along the axis that `keep` names (and, under `vmap`, one for each state). All are 0 before the
       first update.
 

@@ -149,11 +149,6 @@ def test_the_committed_table_is_made_from_the_committed_lines():
     assert len(rows) == 1 + len(MODELS)
 
 
-def test_the_readme_has_the_committed_table():
-    readme = (RESULTS.parents[2] / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(atlas_report.table(atlas_lines.latest(COMMITTED))) in readme
-
-
 # The report.
 
 
