@@ -160,6 +160,9 @@ def _draw(path: Path, runs: Sequence[Run]) -> None:
                     label="best, ± deviation of seeds" if i == j == k == 0 else None,
                 )
         ax.set_xscale("log", base=10)
+        rates = sorted({run.key.learning_rate for run in _of(runs, optimizer=optimizer)})
+        ax.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize="small", rotation=45)
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
         if i == 0:
             ax.set_title(optimizer, fontsize="medium")

@@ -49,8 +49,8 @@ def sweep(tmp_path, monkeypatch):
 
 
 def test_each_optimizer_has_as_many_rates_around_its_recipes():
-    assert lm_sweep.rates("adamw", 5) == [0.005, 0.01, 0.02, 0.04, 0.08]
-    assert lm_sweep.rates("adamw", 2) == [0.02, 0.04]
+    assert lm_sweep.rates("adamw", 5) == [0.0025, 0.005, 0.01, 0.02, 0.04]
+    assert lm_sweep.rates("adamw", 2) == [0.01, 0.02]
 
 
 def test_all_rates_are_trained_and_then_the_best_with_more_seeds(sweep, tmp_path, capfd):
@@ -97,7 +97,7 @@ def test_a_trainer_that_cannot_train_fails_the_sweep(code, sweep, tmp_path, monk
     broken.write_text(f"import sys; sys.exit({code})")
     monkeypatch.setattr(lm_sweep, "TRAINER", broken)
     assert sweep(f"{OPTIONS} --points 1 --seeds 1") == 1
-    assert f"failed: qwen3-32-adamw-0.02-0: exit code {code}" in capfd.readouterr().err
+    assert f"failed: qwen3-32-adamw-0.01-0: exit code {code}" in capfd.readouterr().err
 
 
 def test_the_picture_is_drawn(tmp_path):
