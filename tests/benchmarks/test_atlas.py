@@ -63,8 +63,14 @@ def test_a_network_without_spheres(compiled_quickly):
     assert not any(leaf.kind for leaf in leaves) and len(leaves) == 12
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["ngpt", "swin2", "convnext"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("ngpt", marks=pytest.mark.slow),
+        pytest.param("swin2", marks=pytest.mark.long),
+        pytest.param("convnext", marks=pytest.mark.long),
+    ],
+)
 def test_other_networks_are_as_committed(model):
     assert verdicts(atlas.measure(model)) == verdicts(BY_MODEL[model].leaves)
 

@@ -515,8 +515,14 @@ def test_what_is_refused(change, error, message):
         so.find_invariant_groups(loss_fn, params, *batches, **given)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("resnet20", marks=pytest.mark.slow),
+        pytest.param("resnet18", marks=pytest.mark.long),
+        pytest.param("vgg16", marks=pytest.mark.long),
+    ],
+)
 def test_every_convolution_of_the_networks_and_nothing_else(name):
     model = models.MODELS[name](10, rngs=nnx.Rngs(0))
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)

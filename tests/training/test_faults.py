@@ -48,7 +48,7 @@ def ended(arguments: str) -> str:
     [(-signal.SIGKILL,), (130, -signal.SIGINT), (143, -signal.SIGTERM)],
     ids=["kill", "interrupt", "terminate"],
 )
-@pytest.mark.parametrize("moments", [pytest.param(3, marks=FEW), pytest.param(50, marks=MANY)])
+@pytest.mark.parametrize("moments", [pytest.param(1, marks=FEW), pytest.param(50, marks=MANY)])
 def test_a_run_stopped_at_random_moments_ends_as_an_undisturbed_one(
     codes, moments, whole, tmp_path
 ):
@@ -74,10 +74,10 @@ def test_a_run_stopped_at_random_moments_ends_as_an_undisturbed_one(
             shutil.rmtree(output)
     ended(f"{OPTIONS} {output}")
     assert_same_end(output, whole[0])
-    assert went_on or moments == 3
+    assert went_on or moments == 1
 
 
-@pytest.mark.parametrize("moments", [pytest.param(2, marks=FEW), pytest.param(20, marks=MANY)])
+@pytest.mark.parametrize("moments", [pytest.param(1, marks=FEW), pytest.param(20, marks=MANY)])
 def test_a_pause_changes_nothing(moments, whole, tmp_path):
     process = start_command(f"{OPTIONS} {tmp_path / 'run'}")
     rng = random.Random(0)
@@ -93,7 +93,7 @@ def test_a_pause_changes_nothing(moments, whole, tmp_path):
 
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param([0, 4], marks=FEW), pytest.param([0, 1, 2, 3, 4, 6, 8, 16, 32, 64], marks=MANY)],
+    [pytest.param([4], marks=FEW), pytest.param([0, 1, 2, 3, 4, 6, 8, 16, 32, 64], marks=MANY)],
     ids=["few", "many"],
 )
 def test_a_run_goes_on_after_files_could_not_grow(sizes, whole, tmp_path):
@@ -122,8 +122,10 @@ def test_two_commands_on_one_output_do_not_mix(whole, tmp_path):
     assert_same_end(tmp_path / "run", whole[0])
 
 
-@pytest.mark.parametrize("killed", [0, 1], ids=["the first", "the second"])
-@FEW
+@pytest.mark.parametrize(
+    "killed",
+    [pytest.param(0, marks=MANY, id="the first"), pytest.param(1, marks=FEW, id="the second")],
+)
 def test_a_killed_process_of_two_leaves_what_a_run_goes_on_from(killed, tmp_path):
     options = f"--epochs 2000 --batch_size 8 --resume --output {tmp_path / 'run'}"
     both = start_processes(options)
@@ -207,8 +209,14 @@ def damages(content: bytes, number: int, rng: random.Random) -> list[bytes]:
     return rng.sample(cut, number) + rng.sample(flipped, number)
 
 
-@pytest.mark.parametrize("number", [pytest.param(1, marks=FEW), pytest.param(10, marks=MANY)])
-@pytest.mark.parametrize("run", ["finished", "unfinished"])
+@pytest.mark.parametrize(
+    ("run", "number"),
+    [
+        pytest.param("unfinished", 1, marks=FEW),
+        pytest.param("unfinished", 10, marks=MANY),
+        pytest.param("finished", 10, marks=MANY),
+    ],
+)
 def test_a_damaged_file_is_told_or_does_no_harm(run, number, request, finished, tmp_path, capsys):
     """A run goes on to the same end, or is refused, and goes on once the file is whole again."""
     original, rng = request.getfixturevalue(run), random.Random(0)
