@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plot(args: argparse.Namespace) -> None:
     check_output(args.output)
-    runs = find_runs(args.directories)
+    runs = find_runs(args.directories, args.measures)
     if len(runs) > MOST:
         raise Refused(f"{len(runs)} runs are too many to be read side by side: name up to {MOST}")
     if len({run.on_text for run in runs}) > 1:
@@ -148,19 +148,23 @@ def predicted_angle(
     return np.sqrt(2 * np.asarray(learning_rate) * recipe.weight_decay * share)
 
 
-def find_runs(directories: Sequence[Path]) -> list[Run]:
+def find_runs(directories: Sequence[Path], measures: Sequence[str] = tuple(MEASURES)) -> list[Run]:
     """Every run at or below the directories, in their order and each once.
 
     A run without a finished epoch is left out, with a message.
+
+    Args:
+      directories: with runs.
+      measures: what is read of them; the angle is there in any case, to know the layers.
 
     Raises:
       Refused: for a directory without a run, a run without geometry.jsonl, a damaged file, or no
         finished epoch at all.
     """
-    return read_runs(directories, _read_run)
+    return read_runs(directories, partial(_read_run, measures))
 
 
-def _read_run(directory: Path) -> Run | None:
+def _read_run(measures: Sequence[str], directory: Path) -> Run | None:
     arguments, place = read_arguments(directory), str(directory / ARGUMENTS)
     on_text = "epochs" not in arguments
     models, optimizers = recipes.MODELS, recipes.OPTIMIZERS
@@ -189,7 +193,8 @@ def _read_run(directory: Path) -> Run | None:
     if not layers:
         raise Refused(f"{path}: damaged, it measures no layer")
     curves: dict[str, dict[str, np.ndarray]] = {}
-    for measure, drawn in MEASURES.items():
+    for measure in measures:
+        drawn = MEASURES[measure]
         for layer in layers:
             key = f"{layer}/{measure}/mean"
             if measure != OF_MOMENTUM or key in keys:

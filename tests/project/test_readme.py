@@ -193,3 +193,15 @@ def test_what_is_said_of_the_papers_means_is_so():
     assert behind[small].max() < 0.65
     assert behind[~small].min() > 1.75 and behind[~small].max() < 2.35
     assert (means("sgd") - means("sgdmrt"))[~small].max() < 0.55
+
+
+def test_the_differences_of_language_models_are_those_of_the_raw_results():
+    table = (RESULTS / "lm_sweep_cpu" / "table.md").read_text(encoding="utf-8")
+    to_adamw = {"muon": [], "adam_": []}
+    for name, difference in re.findall(r"^\| (muon|adam_)\w* \|.* \| ([+-]\S+) \|", table, re.M):
+        to_adamw[name].append(float(difference))
+    assert [len(found) for found in to_adamw.values()] == [8, 8]
+    (muon, most), (below, above) = ((min(x), max(x)) for x in to_adamw.values())
+    readme = unwrapped("README.md")
+    assert f"`muon_h` and `muon` are {-most:.2f} to {-muon:.2f} nats per byte below AdamW" in readme
+    assert f"between {-below:.2f} below and {above:.2f} above" in readme
