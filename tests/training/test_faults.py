@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 import train_cifar
-from ends import assert_same_end
+from ends import assert_same_end, figures
 from test_processes import COMMAND, FAST, start_command, start_processes, wait_for
 from tiny import compile_once, make_data, use_tiny
-from training import processes
+from training import runs
 
 FEW, MANY = pytest.mark.slow, pytest.mark.long
 OPTIONS = "--epochs 300 --batch_size 11 --geometry --resume --output"
@@ -182,7 +182,7 @@ def unfinished(tiny, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("unfinished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         count = itertools.count()
-        patch.setattr(processes, "make_stop", lambda signals: lambda: next(count) == 11)
+        patch.setattr(runs, "make_stop", lambda signals: lambda: next(count) == 11)
         assert train(output) == 143
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
     return output
@@ -237,7 +237,9 @@ def test_a_damaged_file_is_told_or_does_no_harm(run, number, request, finished, 
                 assert err.splitlines()[-1].startswith("train_cifar.py: error: "), (path, err)
                 (output / path).write_bytes(content)
                 assert train(output) == 0, (path, capsys.readouterr().err)
-            if run == "unfinished":
+            if path.name == "geometry.jsonl":  # no checkpoint holds its lines: one may be lost
+                assert figures(output) == figures(finished)
+            elif run == "unfinished":
                 assert_same_end(output, finished)
             else:  # whose lines nobody reads again
                 assert summary(output) == summary(finished)
