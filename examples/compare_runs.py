@@ -116,7 +116,10 @@ Group = list[Run]  # the runs that differ in nothing but the seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
+    """Run the command.
+
+    Returns its exit code: 0, 1 (failed), 2 (refused), 130 (Ctrl-C) or 143 (SIGTERM).
+    """
     parser = make_drawing_parser("compare_runs.py", __doc__, EXAMPLES, "compare.png")
     args = parser.parse_args(argv)
     return ending.outcome(parser.prog, lambda _: _compare(args))

@@ -97,7 +97,10 @@ class Run(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 (failed), 2 (refused) or 130 (interrupted)."""
+    """Run the command.
+
+    Returns its exit code: 0, 1 (failed), 2 (refused), 130 (Ctrl-C) or 143 (SIGTERM).
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     return ending.outcome(parser.prog, lambda _: _plot(args))

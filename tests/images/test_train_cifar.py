@@ -16,7 +16,7 @@ from PIL import Image
 import tiny
 import train_cifar
 from images import data, figures, programs, recipes
-from tiny import compile_once, make_split, use_tiny
+from tiny import compile_once, use_tiny, write_images
 from training import environment
 
 SCRIPT = Path(train_cifar.__file__)
@@ -25,15 +25,7 @@ COMMAND = Path(tiny.__file__).with_name("tiny_command.py")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A data set as users have them: 4 classes of 12 images to train on and 4 to test on."""
-    root = tmp_path_factory.mktemp("images")
-    for part, count in (("train", 48), ("test", 16)):
-        split = make_split(count, 0)
-        for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
-            directory = root / part / "abcd"[label]
-            directory.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(directory / f"{i}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 import compare_runs
 import reproduce_table
@@ -19,20 +18,10 @@ from ends import assert_same_end
 from images import figures
 from images.sources import DataError, read_folder
 from table import paper_table, table_cells, table_runs
-from tiny import compile_once, make_data, make_split, use_tiny
+from tiny import compile_once, make_data, use_tiny, write_images
 from training import checkpoints, command, files, records
 
 RESULTS = Path(reproduce_table.__file__).parent / "results"
-
-
-def write_images(root):
-    for part, count in (("train", 48), ("test", 16)):
-        split = make_split(count, 0)
-        for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
-            directory = root / part / "abcd"[label]
-            directory.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(directory / f"{i}.png")
-    return root
 
 
 def message(path):

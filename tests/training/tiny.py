@@ -1,6 +1,7 @@
 """A network and a data set that train in a moment."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from PIL import Image
 
 from images import data, figures, models, programs
 from images.data import DataSet, Split
@@ -34,6 +36,17 @@ def make_split(images: int, seed: int) -> Split:
     labels = (np.arange(images) % 4).astype(np.int32)
     noise = rng.integers(0, 100, (images, 32, 32, 3))
     return Split((noise + 50 * labels[:, None, None, None]).clip(0, 255).astype(np.uint8), labels)
+
+
+def write_images(root: Path) -> Path:
+    """A data set as users have them: 4 classes of 12 images to train on and 4 to test on."""
+    for part, count in (("train", 48), ("test", 16)):
+        split = make_split(count, 0)
+        for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            directory = root / part / "abcd"[label]
+            directory.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(directory / f"{i}.png")
+    return root
 
 
 def make_data(*, pad: int = 0, flip: bool = False) -> DataSet:
