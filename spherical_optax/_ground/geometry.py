@@ -10,6 +10,7 @@ goes in comes out, in its group. Norms are squared on the way: in float32 they s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import jax
@@ -22,6 +23,7 @@ from spherical_optax._ground.groups import (
     inner,
     nonzero,
     norm,
+    once_per_group,
     squared_norm,
     zero_where,
 )
@@ -49,28 +51,32 @@ def check_transport(transport: str) -> None:
         raise ValueError(f"transport={transport!r} is not one of {modes}")
 
 
+def transport_pairs(
+    x: jax.Array, momentum: jax.Array, transport: Transport
+) -> list[tuple[jax.Array, jax.Array]]:
+    """The pairs whose inner products `transport_momentum` needs."""
+    pairs = [(momentum, x), (momentum, momentum)]
+    return pairs[: ("none", "rescale", "isometric").index(transport)]
+
+
 def transport_momentum(
-    x: jax.Array,
-    momentum: jax.Array,
-    sq_norm: jax.Array,
-    axes: tuple[int, ...],
-    transport: Transport,
+    x: jax.Array, momentum: jax.Array, sq_norm: jax.Array, products: Sequence[jax.Array]
 ) -> jax.Array:
     """Brings a momentum that was built before the last step to the point `x` that it led to.
 
     The step was collinear with the momentum, so `P_x` is the published rescaling and transport
     ("rescale"), and `P_x` at unchanged length is the parallel transport of a tangent momentum
-    ("isometric"); neither needs the previous point. `sq_norm` is |x|², infinite where x is zero.
+    ("isometric"); neither needs the previous point. `sq_norm` is |x|², infinite where x is zero;
+    `products` are those of `transport_pairs`, which tell the transports apart.
     """
-    if transport == "none" or not axes:
+    if not products:
         return momentum
-    along = inner(momentum, x, axes)
-    share = along / sq_norm
+    along, *before = products
+    share = once_per_group(along / sq_norm)
     projected = momentum - share * x
-    if transport == "rescale":
+    if not before:
         return projected
-    before = squared_norm(momentum, axes)
-    return projected * isometric_stretch(before, before - share * along)
+    return projected * isometric_stretch(before[0], before[0] - share * along)
 
 
 def isometric_stretch(before: jax.Array, after: jax.Array) -> jax.Array:

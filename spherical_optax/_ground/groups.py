@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -232,6 +233,47 @@ def inner(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     # Changes nothing. But XLA on a CPU draws into a sum's kernel what follows it, broadcasts to all
     # elements too, and then takes up to seven times as long; not so across a select.
     return jax.lax.select(jnp.isnan(total), jnp.full_like(total, jnp.nan), total)
+
+
+def inners(axes: tuple[int, ...], *pairs: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
+    """`inner` of several pairs of arrays of one shape; on a GPU in one kernel.
+
+    There must be reduction axes.
+    """
+    return list(
+        jax.lax.platform_dependent(
+            *pairs, cuda=partial(_inners_at_once, axes), default=partial(_inners_in_turn, axes)
+        )
+    )
+
+
+def _inners_in_turn(
+    axes: tuple[int, ...], *pairs: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, ...]:
+    return tuple(inner(x, y, axes) for x, y in pairs)
+
+
+def _inners_at_once(
+    axes: tuple[int, ...], *pairs: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, ...]:
+    # XLA for GPUs takes several sums in several kernels, each of which reads its arrays anew. One
+    # sum of stacked products it takes in one, which reads them once, if its results are many enough
+    # to occupy the device: so sums of columns go over one axis first. On a CPU it would write the
+    # stack to memory.
+    products = jnp.stack([x * y for x, y in pairs])
+    axes = tuple(axis + 1 for axis in axes)
+    if axes[-1] < products.ndim - 1:
+        products = jnp.sum(products, axis=axes[-1], keepdims=True)
+        products = jax.lax.optimization_barrier(products)
+        axes = axes[:-1]
+    return tuple(jnp.sum(products, axis=axes, keepdims=True))
+
+
+def once_per_group(numbers: jax.Array) -> jax.Array:
+    """The same numbers; a GPU's kernels read them, and do not make them anew for each element."""
+    return jax.lax.platform_dependent(
+        numbers, cuda=jax.lax.optimization_barrier, default=lambda numbers: numbers
+    )
 
 
 def squared_norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -12,8 +12,9 @@ from spherical_optax._ground.geometry import (
     check_transport,
     isometric_stretch,
     transport_momentum,
+    transport_pairs,
 )
-from spherical_optax._ground.groups import nonzero, product, squared_norm
+from spherical_optax._ground.groups import inners, nonzero, squared_norm
 from spherical_optax._ground.hyperparams import check_rates
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes
@@ -81,11 +82,13 @@ def scale_by_adam_g(
         def leaf(axes, g, mu, nu, x):
             if not axes:
                 return classic_step(g, mu, nu, b1, b2, eps, *corrections)
-            sq_norm = squared_norm(x, axes)
+            sq_norm, square, *products = inners(
+                axes, (x, x), (g, g), *transport_pairs(x, mu, transport)
+            )
             radius = radius_or_1(sq_norm)
-            mu = transport_momentum(x, mu, nonzero(sq_norm), axes, transport)
+            mu = transport_momentum(x, mu, nonzero(sq_norm), products)
             mu = average(radius * g, mu, b1)
-            nu = average(radius**2 * squared_norm(g, axes), nu, b2)
+            nu = average(radius**2 * square, nu, b2)
             return mu * (radius * step_per_momentum(nu, *corrections, eps)), mu, nu
 
         updates, mu, nu = map_leaves(leaf, channel_axes, updates, state.mu, state.nu, params=params)
@@ -188,8 +191,9 @@ def _adam_g(
             if not axes:
                 step, mu, nu = classic_step(g, mu, nu, b1, b2, eps, *corrections)
                 return -eta * step, mu, nu
-            xx, gg, mm = (product(v, v, axes) for v in (x, g, mu))
-            xg, xm, gm = (product(v, w, axes) for v, w in ((x, g), (x, mu), (g, mu)))
+            xx, gg, mm, xg, xm, gm = inners(
+                axes, (x, x), (g, g), (mu, mu), (x, g), (x, mu), (g, mu)
+            )
             radius = radius_or_1(xx)
             share = xm / nonzero(xx)
             left = mm - share * xm

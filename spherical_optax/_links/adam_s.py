@@ -85,7 +85,7 @@ def _scale_by_adam_s(
         corrections = bias_correction(b1, count), bias_correction(b2, count)
 
         def leaf(axes, g, mu, nu, x=None, decays=True):
-            g, square, nu = decay_gradient(g, x, decay if decays else None, nu, axes)
+            g, nu, (square,) = decay_gradient(g, x, decay if decays else None, nu, axes)
             size = group_size(g.shape, axes)
             mu = average(g, mu, b1)
             nu = average(square / size, nu, b2)

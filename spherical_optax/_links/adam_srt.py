@@ -9,8 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._ground.geometry import Transport, check_transport, transport_momentum
-from spherical_optax._ground.groups import group_size, nonzero, squared_norm
+from spherical_optax._ground.geometry import (
+    Transport,
+    check_transport,
+    transport_momentum,
+    transport_pairs,
+)
+from spherical_optax._ground.groups import group_size, nonzero
 from spherical_optax._ground.hyperparams import check_weight_decay
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes
@@ -105,13 +110,21 @@ def _scale_by_adam_srt(
         correction1, correction2 = bias_correction(b1, count), bias_correction(b2, count)
 
         def leaf(axes, g, mu, nu, x, decays=True):
-            g, square, nu = decay_gradient(g, x, decay if decays else None, nu, axes)
+            follows = axes and transport != "none"
+            pairs = [(x, x), *transport_pairs(x, mu, transport)] if follows else []
+            g, nu, (square, *products) = decay_gradient(
+                g, x, decay if decays else None, nu, axes, *pairs
+            )
             size = group_size(g.shape, axes)
             square = square / size
-            sq_norm = squared_norm(x, axes)
+            eps_d = eps / math.sqrt(size)
+            if not follows:
+                mu, nu = average(g, mu, b1), average(square, nu, b2)
+                return adam_step(mu, nu, correction1, correction2, eps_d, axes), mu, nu
+            sq_norm, *products = products
             divisor = nonzero(sq_norm)
-            mu = average(g, transport_momentum(x, mu, divisor, axes, transport), b1)
-            if axes and transport == "rescale":
+            mu = average(g, transport_momentum(x, mu, divisor, products), b1)
+            if transport == "rescale":
                 # nu is of |x| g, which stays as it is from one radius to the next. A group of zeros
                 # has none: its gradient counts for this step alone, as if all had been like it. So
                 # does that of a group too small for |x|² |g|².
@@ -121,7 +134,6 @@ def _scale_by_adam_srt(
                 here = jax.lax.select(here == 0, alone, here)
             else:
                 nu = here = average(square, nu, b2)
-            eps_d = eps / math.sqrt(size)
             return adam_step(mu, here, correction1, correction2, eps_d, axes), mu, nu
 
         flags = decay_flags(mask, params)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._ground.groups import group_size, inner
+from spherical_optax._ground.groups import group_size, inners
 from spherical_optax._ground.hyperparams import (
     check_decays,
     check_not_negative,
@@ -96,7 +96,7 @@ def project_where_invariant(
             rho = jnp.ones((), x.dtype)
             if axes:
                 # The sums of a layer are those of its groups together.
-                of_groups = [inner(v, w, axes) for v, w in ((g, x), (u, x), (g, g), (x, x))]
+                of_groups = inners(axes, (g, x), (u, x), (g, g), (x, x))
                 layer = _layer(axes, x.shape)
                 of_layers = [jnp.sum(total, layer, keepdims=True) for total in of_groups]
                 by_group, groups_pass = _projection(of_groups, group_size(x.shape, axes), layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._ground.groups import inner, nonzero, squared_norm, wide_dtype, zeros_per_group
+from spherical_optax._ground.groups import (
+    inners,
+    nonzero,
+    squared_norm,
+    wide_dtype,
+    zeros_per_group,
+)
 from spherical_optax._ground.hyperparams import check_not_negative, check_optimizer, check_rates
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected
@@ -212,10 +218,10 @@ def on_hyperballs(
                 if not isinstance(classic_weight_decay, float) or classic_weight_decay:
                     u = u + jnp.asarray(classic_weight_decay, u.dtype) * x
                 return -jnp.asarray(classic_eta, u.dtype) * u, r
-            xx = squared_norm(x, axes)
+            xx, *products = inners(axes, (x, x), (x, u), (u, u))
             # A group that was zero at init has the first norm that it came to.
             r = jax.lax.select(r == 0, jnp.sqrt(xx), r)
-            return step(jnp.asarray(eta, u.dtype), u, x, xx, r, axes), r
+            return step(jnp.asarray(eta, u.dtype), u, x, (xx, *products), r, axes), r
 
         steps, radii = map_leaves(leaf, channel_axes, directions, state.radius, params=params)
         # A direction may be wider, such as that of Optax's Adam with a wider mu_dtype.
@@ -227,21 +233,32 @@ def on_hyperballs(
 
 
 def _normalized_step(
-    eta: jax.Array, u: jax.Array, x: jax.Array, xx: jax.Array, r: jax.Array, axes: tuple[int, ...]
+    eta: jax.Array,
+    u: jax.Array,
+    x: jax.Array,
+    products: Sequence[jax.Array],
+    r: jax.Array,
+    axes: tuple[int, ...],
 ) -> jax.Array:
     """`r N(x - eta r N(u)) - x`; the norm of the sum follows from sums of what is there before."""
-    xu, uu = inner(x, u, axes), squared_norm(u, axes)
+    xx, xu, uu = products
     step = eta * r / nonzero(jnp.sqrt(uu))
     square = jnp.maximum(xx + step * (step * uu - 2 * xu), 0)
     return _combine(x, u, r / nonzero(jnp.sqrt(square)), step, eta, r)
 
 
 def _geodesic_step(
-    eta: jax.Array, u: jax.Array, x: jax.Array, xx: jax.Array, r: jax.Array, axes: tuple[int, ...]
+    eta: jax.Array,
+    u: jax.Array,
+    x: jax.Array,
+    products: Sequence[jax.Array],
+    r: jax.Array,
+    axes: tuple[int, ...],
 ) -> jax.Array:
     """`r (cos(eta) N(x) - sin(eta) N(P_x(u))) - x`."""
-    v = u - inner(x, u, axes) / nonzero(xx) * x
-    vv, uu = squared_norm(v, axes), squared_norm(u, axes)
+    xx, xu, uu = products
+    v = u - xu / nonzero(xx) * x
+    vv = squared_norm(v, axes)
     # Of a radial direction rounding is left, which would be made a step. A group of zeros goes
     # straight to its sphere.
     noise = (8 * jnp.finfo(u.dtype).eps) ** 2 * uu

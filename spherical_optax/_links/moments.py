@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._ground.groups import squared_norm, zeros_per_group
+from spherical_optax._ground.groups import inners, once_per_group, squared_norm, zeros_per_group
 from spherical_optax._ground.hyperparams import check_decays, check_dtype, check_not_negative
 from spherical_optax._ground.selection import ChannelAxes, map_selected
 
@@ -46,21 +46,35 @@ def decay_gradient(
     decay: ArrayLike | None,
     nu: jax.Array,
     axes: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds coupled decay: the gradient, its squared norm, and nu as it was."""
+    *pairs: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """Adds coupled decay: the gradient, nu as it was, and inner products.
+
+    The first of these is the gradient's squared norm; the others, of spheres, those of `pairs`.
+    """
     if decay is None or x is None:
-        return g, squared_norm(g, axes), nu
+        return g, nu, [squared_norm(g, ())] if not axes else inners(axes, (g, g), *pairs)
     rate = jnp.asarray(decay, g.dtype)
     if not axes:
         g = g + rate * x
-        return g, squared_norm(g, axes), nu
-    # On a CPU XLA would write the decayed gradient to memory, as the sum and the update both read
-    # it. Behind barriers each has one of its own, which is fused; nu makes the barriers of
-    # different leaves differ. The update's waits for the sum, so that a leaf's sums come together.
-    own_rate, nu = jax.lax.optimization_barrier((rate, nu))
-    square = squared_norm(g + own_rate * x, axes)
-    rate, square = jax.lax.optimization_barrier((rate, square))
-    return g + rate * x, square, nu
+        return g, nu, [squared_norm(g, ())]
+
+    def at_once(g, x, rate, nu, *pairs):
+        g = g + rate * x
+        return g, nu, inners(axes, (g, g), *pairs)
+
+    def in_turn(g, x, rate, nu, *pairs):
+        # On a CPU XLA would write the decayed gradient to memory, as the sum and the update both
+        # read it. Behind barriers each has one of its own, which is fused; nu makes the barriers of
+        # different leaves differ. The update's waits for the sum, so that a leaf's sums come
+        # together.
+        own_rate, nu = jax.lax.optimization_barrier((rate, nu))
+        own = g + own_rate * x
+        square, *products = inners(axes, (own, own), *pairs)
+        rate, square = jax.lax.optimization_barrier((rate, square))
+        return g + rate * x, nu, [square, *products]
+
+    return jax.lax.platform_dependent(g, x, rate, nu, *pairs, cpu=in_turn, default=at_once)
 
 
 def average(new: jax.Array, old: jax.Array, decay: ArrayLike) -> jax.Array:
@@ -86,7 +100,7 @@ def adam_step(
     """`mu/(1 - b1^t) / (sqrt(nu/(1 - b2^t)) + eps)`, in the order of Optax's operations."""
     if not axes:
         return mu / correction1.astype(mu.dtype) / root_mean_square(nu, correction2, eps)
-    return mu * step_per_momentum(nu, correction1, correction2, eps)
+    return mu * once_per_group(step_per_momentum(nu, correction1, correction2, eps))
 
 
 def step_per_momentum(

@@ -6,8 +6,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._ground.geometry import Transport, check_transport, transport_momentum
-from spherical_optax._ground.groups import nonzero, squared_norm
+from spherical_optax._ground.geometry import (
+    Transport,
+    check_transport,
+    transport_momentum,
+    transport_pairs,
+)
+from spherical_optax._ground.groups import inners, nonzero
 from spherical_optax._ground.hyperparams import check_decays, check_dtype, check_shares
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
@@ -63,7 +68,9 @@ def trace_rt(
         params = need_params(params, "trace_rt")
 
         def leaf(axes, g, trace, x):
-            trace = transport_momentum(x, trace, nonzero(squared_norm(x, axes)), axes, transport)
+            if axes and transport != "none":
+                square, *products = inners(axes, (x, x), *transport_pairs(x, trace, transport))
+                trace = transport_momentum(x, trace, nonzero(square), products)
             trace = jnp.asarray(1 - dampening, g.dtype) * g + jnp.asarray(decay, g.dtype) * trace
             return trace, trace
 

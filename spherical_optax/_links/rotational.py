@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._ground.groups import inner, nonzero, zeros_per_group
+from spherical_optax._ground.groups import inners, nonzero, zeros_per_group
 from spherical_optax._ground.hyperparams import (
     check_decays,
     check_not_negative,
@@ -125,7 +125,7 @@ def rotational(
                 u = u - jnp.mean(u, axes, keepdims=True)
             # One round of sums: |P_x(u)|² and |y|² by Pythagoras. Of a radial direction rounding is
             # left, which would be made a step.
-            xx, xu, uu = (inner(v, w, axes) for v, w in ((x, x), (x, u), (u, u)))
+            xx, xu, uu = inners(axes, (x, x), (x, u), (u, u))
             share = xu / nonzero(xx)
             vv = uu - share * xu
             still = vv <= 8 * jnp.finfo(u.dtype).eps * uu

@@ -12,9 +12,8 @@ import optax
 
 from spherical_optax._ground.groups import (
     Layout,
-    inner,
+    inners,
     nonzero,
-    squared_norm,
     wide_dtype,
     widen,
     zero_where,
@@ -151,14 +150,17 @@ def with_geometry(
                 momentum = [momenta[path]] if has_momentum else []
                 arrays.append([points[i], value, moves[i][1], *momentum])
             # Without this barrier XLA would draw the optimizer's arithmetic into the sums; without
-            # the next, sharded leaves would take their second sums one after another.
+            # the next, sharded leaves would take their second sums one after another. On a GPU it
+            # would write each sum to an array of its own.
             arrays = jax.lax.optimization_barrier(arrays)
             views = [
                 _views(found[i].groups, *of_leaf) for i, of_leaf in zip(places, arrays, strict=True)
             ]
             axes = [found[i].groups.axes for i in places]
             sums = [_sums(*of_leaf) for of_leaf in zip(axes, views, strict=True)]
-            sums = jax.lax.optimization_barrier(sums)
+            sums = jax.lax.platform_dependent(
+                sums, cuda=lambda s: s, default=jax.lax.optimization_barrier
+            )
             measured = dict(state.leaves)
             for j, i in enumerate(places):
                 leaf, old = found[i], state.leaves[found[i].path]
@@ -244,7 +246,9 @@ def _views(groups: Layout, x: jax.Array, *vectors: jax.Array) -> list[jax.Array]
 def _sums(axes: tuple[int, ...], views: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     """Squared norms of a leaf's arrays, and their products with the first."""
     x, *vectors = views
-    return [squared_norm(v, axes) for v in views], [inner(x, v, axes) for v in vectors]
+    pairs = [(v, v) for v in views] + [(x, v) for v in vectors]
+    sums = inners(axes, *pairs)
+    return sums[: len(views)], sums[len(views) :]
 
 
 def _figures(
@@ -264,7 +268,7 @@ def _figures(
     # P_x(s) = s_length u and -P_x(g) = g_length w, with u and w of nearly length 1.
     s_length, u = _tangent_of_length_1(x, s, xs, divisor, ss)
     g_length, w = _tangent_of_length_1(x, -g, -xg, divisor, gg)
-    uu, ww, difference, total = (squared_norm(v, axes) for v in (u, w, u - w, u + w))
+    uu, ww, difference, total = inners(axes, *((v, v) for v in (u, w, u - w, u + w)))
     u_norm, w_norm = jnp.sqrt(uu), jnp.sqrt(ww)
     turned, steepest = s_length * u_norm, g_length * w_norm
     unequal = (u_norm - w_norm) ** 2
