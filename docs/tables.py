@@ -16,7 +16,6 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 def paper() -> str:
     """The paper's mean test accuracies, and those of what was trained here."""
     here = {"here: JPEG, 4 epochs": "cifar10_jpeg", "here: JPEG, 20 epochs": "cifar10_jpeg_20"}
-    here["here: digits, 4 epochs"] = "digits"
     runs = [table_runs.load(RESULTS / name / "runs.jsonl")[0] for name in here.values()]
     rows = []
     for name in recipes.OF_THE_PAPER:

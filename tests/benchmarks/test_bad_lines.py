@@ -27,7 +27,7 @@ OF_SWEEP = {
     **{"seconds": 1.0, "versions": {"python": "3"}, "device": "cpu", "git_revision": "abc"},
 }
 REPORTS = {
-    "reproduce_table": (paper_table, "draw", "digits/runs.jsonl"),
+    "reproduce_table": (paper_table, "draw", "cifar10_jpeg/runs.jsonl"),
     "lm_sweep": (lm_report, "_draw", None),
     "atlas": (atlas_report, "draw", "atlas/atlas.jsonl"),
     "optimizer_step": (step_report, "draw", "optimizer_step_cpu/runs.jsonl"),

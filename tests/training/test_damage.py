@@ -181,7 +181,7 @@ def test_a_signal_whose_exception_got_lost_still_stops(tiny, tmp_path, monkeypat
 
 
 def lines_of_a_table():
-    return (RESULTS / "digits/runs.jsonl").read_text().splitlines()
+    return (RESULTS / "cifar10_jpeg/runs.jsonl").read_text().splitlines()
 
 
 @pytest.mark.parametrize("field, value", [
