@@ -56,7 +56,7 @@ def test_killed_at_every_step(whole, trainer, tmp_path):
         "after common.run_lines append",
         "part of the checkpoints",
         "before shutil rmtree",
-        "before table.paper_table write_report",
+        "before table.table_report write_report",
         "before os replace",
         "after os replace",
     ]

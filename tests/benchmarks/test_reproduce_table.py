@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import reproduce_table
-from table import paper_table, table_runs
+from table import paper_figures, table_runs
 from table_command import (
     TWO,
     assert_same,
@@ -102,7 +102,7 @@ def test_defaults_are_the_papers(trainer, no_picture, tmp_path):
     )
     protocol = table_runs.Protocol(405, 128, "float32", None)
     runs, _ = table_runs.load(output / "runs.jsonl")
-    assert {key[0] for key in runs} == set(paper_table.PAPER)
+    assert {key[0] for key in runs} == set(paper_figures.PAPER)
     assert {run.protocol for run in runs.values()} == {protocol}
     assert "not to be read as errors" not in (output / "table.md").read_text()
 

@@ -17,7 +17,7 @@ import train_cifar
 from ends import assert_same_end
 from images import figures
 from images.sources import DataError, read_folder
-from table import paper_table, table_cells, table_runs
+from table import table_cells, table_report, table_runs
 from tiny import compile_once, make_data, use_tiny, write_images
 from training import checkpoints, command, files, records
 
@@ -195,7 +195,7 @@ def test_a_line_of_a_table_with_a_wrong_value_is_left_out(field, value, tmp_path
     path.write_text(json.dumps(json.loads(first) | {field: value}) + "\n" + second + "\n")
     runs, broken = table_runs.load(path)
     assert len(runs) == 1 and broken == [1]
-    assert paper_table.table(runs)
+    assert table_report.table(runs)
 
 
 def test_a_damaged_cell_does_not_stop_the_table(tmp_path, capsys):
