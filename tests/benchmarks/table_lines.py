@@ -9,6 +9,11 @@ import reproduce_table
 from table import table_report
 
 
+@pytest.fixture
+def no_picture(monkeypatch) -> None:
+    draw_nothing(monkeypatch)
+
+
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     """Takes the place of the slow picture."""
     patch.setattr(table_report, "draw", lambda path, runs: path.write_bytes(b"picture"))

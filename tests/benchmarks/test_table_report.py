@@ -4,18 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
+import table_lines
 from table import paper_figures, table_report
-from table_lines import draw_nothing, line, names, report, write_lines
+from table_lines import line, names, report, write_lines
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    draw_nothing(monkeypatch)
+no_picture = table_lines.no_picture  # a fixture
 
 
 def rows(output: Path, setting: str) -> dict[str, list[str]]:
