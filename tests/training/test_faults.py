@@ -23,7 +23,7 @@ from tiny import compile_once, draw_nothing, make_data, use_tiny
 from training import runs
 
 FEW, MANY = pytest.mark.slow, pytest.mark.long
-OPTIONS = "--epochs 300 --batch_size 11 --geometry --resume --output"
+OPTIONS = "--epochs 150 --batch_size 11 --geometry --resume --output"
 
 
 @pytest.fixture(scope="module")
