@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from common.benchmark_command import RUNS, Refused, make_directory, outcome, report, tell, warn_of
 from common.trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
 from images import recipes
-from table import paper_table, table_cells, table_runs
+from table import paper_figures, table_cells, table_report, table_runs
 from table.table_cells import Cell
 from table.table_runs import Key, Protocol, Run
 from training.command import a_path, choice, data_set, make_parser, one_of, positive, several
@@ -62,8 +62,8 @@ def _report_or_train(args: argparse.Namespace, signals: StopSignals) -> int:
 
 def _run(args: argparse.Namespace, received: list[int]) -> int:
     protocol = Protocol(args.epochs, args.batch_size, args.precision, args.dataset)
-    own = tuple(name for name in paper_table.SETTINGS if name.startswith("cifar10/"))
-    settings = args.settings or (own if args.dataset else paper_table.SETTINGS)
+    own = tuple(name for name in paper_figures.SETTINGS if name.startswith("cifar10/"))
+    settings = args.settings or (own if args.dataset else paper_figures.SETTINGS)
     if args.dataset and (others := [name for name in settings if name not in own]):
         raise Refused(f"--dataset {args.dataset} stands in for cifar10, not for {others[0]}")
     output: Path = args.output
@@ -145,7 +145,7 @@ def _report(output: Path) -> int:
 
 
 def _write(output: Path, runs: Mapping[Key, Run]) -> str:
-    return report(output, runs, "run", paper_table.write_report)
+    return report(output, runs, "run", table_report.write_report)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,17 +154,17 @@ def _parser() -> argparse.ArgumentParser:
     number = {"type": positive, "metavar": "N"}
     add(
         "--settings",
-        type=partial(several, partial(one_of, paper_table.SETTINGS)),
+        type=partial(several, partial(one_of, paper_figures.SETTINGS)),
         metavar="NAMES",
-        help=f"of {','.join(paper_table.SETTINGS)} (default: all, or all of cifar10 with "
+        help=f"of {','.join(paper_figures.SETTINGS)} (default: all, or all of cifar10 with "
         "--dataset)",
     )
     add(
         "--optimizers",
-        type=partial(several, partial(one_of, paper_table.OPTIMIZERS)),
-        default=paper_table.OPTIMIZERS,
+        type=partial(several, partial(one_of, paper_figures.OPTIMIZERS)),
+        default=paper_figures.OPTIMIZERS,
         metavar="NAMES",
-        help=f"of {','.join(paper_table.OPTIMIZERS)} (default: all)",
+        help=f"of {','.join(paper_figures.OPTIMIZERS)} (default: all)",
     )
     add(
         "--seeds",

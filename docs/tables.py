@@ -8,7 +8,7 @@ from pathlib import Path
 
 from images import recipes
 from steps import step_report, step_runs
-from table import paper_table, table_runs
+from table import paper_figures, table_runs
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -16,18 +16,17 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 def paper() -> str:
     """The paper's mean test accuracies, and those of what was trained here."""
     here = {"here: JPEG, 4 epochs": "cifar10_jpeg", "here: JPEG, 20 epochs": "cifar10_jpeg_20"}
-    here["here: digits, 4 epochs"] = "digits"
     runs = [table_runs.load(RESULTS / name / "runs.jsonl")[0] for name in here.values()]
     rows = []
     for name in recipes.OF_THE_PAPER:
-        figures = [f"{paper_table.PAPER[s][name].mean:.2f}" for s in paper_table.SETTINGS]
+        figures = [f"{paper_figures.PAPER[s][name].mean:.2f}" for s in paper_figures.SETTINGS]
         for of_table in runs:
             found = [100 * run.test_accuracy for key, run in of_table.items() if key[1] == name]
             figure = f"{statistics.mean(found):.2f}" if found else "–"
             deviation = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
             figures.append(figure + deviation)
-        rows.append([f"`{name}`" + " ¹" * (name == paper_table.NOT_COMPARABLE), *figures])
-    return _markdown(["test accuracy, %", *paper_table.SETTINGS, *here], rows)
+        rows.append([f"`{name}`" + " ¹" * (name == paper_figures.NOT_COMPARABLE), *figures])
+    return _markdown(["test accuracy, %", *paper_figures.SETTINGS, *here], rows)
 
 
 def step() -> str:

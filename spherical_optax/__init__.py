@@ -32,7 +32,6 @@ from spherical_optax._ground.selection import (
     ByPath,
     ChannelAxes,
     by_path,
-    describe,
     path_labels,
     path_mask,
 )
@@ -65,6 +64,7 @@ from spherical_optax._links.rotational import (
     equilibrium_angle_of_sgd_mrt,
     rotational,
 )
+from spherical_optax._looking.describe import describe
 from spherical_optax._looking.invariance import (
     Evidence,
     InvariantGroups,

@@ -55,6 +55,6 @@ if __name__ == "__main__":
 
     reproduce_table.TRAINER = Path(os.environ["TRAINER"])
     trainer_calls.PATIENCE = float(os.environ["PATIENCE"])
-    reproduce_table.paper_table.draw = lambda path, runs: path.write_bytes(b"picture")
+    reproduce_table.table_report.draw = lambda path, runs: path.write_bytes(b"picture")
     die_at(os.environ["KILL"])
     sys.exit(reproduce_table.main())

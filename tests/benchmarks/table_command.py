@@ -15,6 +15,23 @@ HERE = Path(__file__).parent
 TWO = ["--settings", "cifar10/resnet20,svhn/vgg16", "--optimizers", "adam,sgd", "--seeds", "2"]
 
 
+@pytest.fixture
+def trainer(tmp_path, monkeypatch) -> Path:
+    """The fake trainer, in place of the real one."""
+    return use_fake_trainer(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The output of TWO without interruption."""
+    directory = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        use_fake_trainer(directory, patch)
+        draw_nothing(patch)
+        assert main(directory / "table", *TWO) == 0
+    return directory / "table"
+
+
 def use_fake_trainer(directory: Path, patch: pytest.MonkeyPatch) -> Path:
     path = directory / "fake" / "trainer.py"
     path.parent.mkdir()
@@ -44,15 +61,6 @@ def start(trainer: Path, output: Path, *arguments: str, patience: float = 30, **
         text=True,
         start_new_session=True,
     )
-
-
-def make_whole(directory: Path) -> Path:
-    """The output of TWO without interruption."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_fake_trainer(directory, patch)
-        draw_nothing(patch)
-        assert main(directory / "table", *TWO) == 0
-    return directory / "table"
 
 
 def lines_of(output: Path) -> list[str]:

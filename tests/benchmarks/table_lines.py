@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 
 import reproduce_table
-from table import paper_table
+from table import table_report
+
+
+@pytest.fixture
+def no_picture(monkeypatch) -> None:
+    draw_nothing(monkeypatch)
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     """Takes the place of the slow picture."""
-    patch.setattr(paper_table, "draw", lambda path, runs: path.write_bytes(b"picture"))
+    patch.setattr(table_report, "draw", lambda path, runs: path.write_bytes(b"picture"))
 
 
 def line(

@@ -12,11 +12,11 @@ import pytest
 from architectures import atlas_report
 from steps import step_report
 from sweep import lm_report
-from table import paper_table
+from table import table_report
 from throughput import throughput_report
 from training import files
 
-RESULTS = Path(paper_table.__file__).parents[1] / "results"
+RESULTS = Path(table_report.__file__).parents[1] / "results"
 OF_SWEEP = {
     "arguments": {
         **{"architecture": "qwen3", "width": 32, "optimizer": "adamw", "learning_rate": 0.02},
@@ -27,7 +27,7 @@ OF_SWEEP = {
     **{"seconds": 1.0, "versions": {"python": "3"}, "device": "cpu", "git_revision": "abc"},
 }
 REPORTS = {
-    "reproduce_table": (paper_table, "draw", "digits/runs.jsonl"),
+    "reproduce_table": (table_report, "draw", "cifar10_jpeg/runs.jsonl"),
     "lm_sweep": (lm_report, "_draw", None),
     "atlas": (atlas_report, "draw", "atlas/atlas.jsonl"),
     "optimizer_step": (step_report, "draw", "optimizer_step_cpu/runs.jsonl"),

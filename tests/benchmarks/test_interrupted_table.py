@@ -5,38 +5,15 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from table_command import (
-    TWO,
-    assert_same,
-    calls,
-    checkpoints,
-    lines_of,
-    main,
-    make_whole,
-    start,
-    use_fake_trainer,
-)
-from table_lines import draw_nothing
+import table_command
+import table_lines
+from table_command import TWO, assert_same, calls, checkpoints, lines_of, main, start
 
-
-@pytest.fixture
-def trainer(tmp_path, monkeypatch) -> Path:
-    """The fake trainer, in place of the real one."""
-    return use_fake_trainer(tmp_path, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return make_whole(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    draw_nothing(monkeypatch)
+# Fixtures.
+trainer, whole, no_picture = table_command.trainer, table_command.whole, table_lines.no_picture
 
 
 def wait_for(condition, process) -> None:
@@ -56,7 +33,7 @@ def test_killed_at_every_step(whole, trainer, tmp_path):
         "after common.run_lines append",
         "part of the checkpoints",
         "before shutil rmtree",
-        "before table.paper_table write_report",
+        "before table.table_report write_report",
         "before os replace",
         "after os replace",
     ]

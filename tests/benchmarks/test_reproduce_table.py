@@ -9,36 +9,15 @@ from pathlib import Path
 import pytest
 
 import reproduce_table
-from table import paper_table, table_runs
-from table_command import (
-    TWO,
-    assert_same,
-    calls,
-    checkpoints,
-    lines_of,
-    main,
-    make_whole,
-    use_fake_trainer,
-)
-from table_lines import draw_nothing, line, names, report, write_lines
+import table_command
+import table_lines
+from table import paper_figures, table_runs
+from table_command import TWO, assert_same, calls, checkpoints, lines_of, main
+from table_lines import line, names, report, write_lines
 
 BENCHMARKS = Path(reproduce_table.__file__).parent
-
-
-@pytest.fixture
-def trainer(tmp_path, monkeypatch) -> Path:
-    """The fake trainer, in place of the real one."""
-    return use_fake_trainer(tmp_path, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return make_whole(tmp_path_factory.mktemp("whole"))
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    draw_nothing(monkeypatch)
+# Fixtures.
+trainer, whole, no_picture = table_command.trainer, table_command.whole, table_lines.no_picture
 
 
 def test_runs_what_is_missing(trainer, no_picture, tmp_path, capfd):
@@ -102,7 +81,7 @@ def test_defaults_are_the_papers(trainer, no_picture, tmp_path):
     )
     protocol = table_runs.Protocol(405, 128, "float32", None)
     runs, _ = table_runs.load(output / "runs.jsonl")
-    assert {key[0] for key in runs} == set(paper_table.PAPER)
+    assert {key[0] for key in runs} == set(paper_figures.PAPER)
     assert {run.protocol for run in runs.values()} == {protocol}
     assert "not to be read as errors" not in (output / "table.md").read_text()
 

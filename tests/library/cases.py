@@ -119,3 +119,16 @@ def run(tx: optax.GradientTransformation, params: Any = PARAMS, grads: Any = GRA
 @cache
 def run_alone(name: str) -> Any:
     return run(make(name))
+
+
+def run_uncompiled(tx: optax.GradientTransformation) -> Any:
+    """The same as `run`; the operations of all cases are compiled once, as they are the same."""
+    params, state = PARAMS, tx.init(PARAMS)
+    for grads in GRADS:
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def state_types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)

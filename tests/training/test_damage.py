@@ -16,9 +16,11 @@ import reproduce_table
 import train_cifar
 from ends import assert_same_end
 from images import figures
+from images.figures import draw_curves
 from images.sources import DataError, read_folder
-from table import paper_table, table_cells, table_runs
-from tiny import compile_once, make_data, use_tiny, write_images
+from table import table_cells, table_report, table_runs
+from test_processes import FAST
+from tiny import compile_once, draw_nothing, make_data, use_tiny, write_images
 from training import checkpoints, command, files, records
 
 RESULTS = Path(reproduce_table.__file__).parent / "results"
@@ -34,6 +36,7 @@ def message(path):
 def tiny(compiled_quickly):
     with pytest.MonkeyPatch.context() as patch:
         use_tiny(patch, make_data())
+        draw_nothing(patch)
         compile_once(patch)
         yield
 
@@ -53,7 +56,7 @@ def whole(tiny, tmp_path_factory):
 @pytest.mark.parametrize("title", ["images$", "bytes\udcff", "$\\frac$"])
 def test_a_picture_takes_any_path_in_its_title(title, tmp_path):
     line = figures.Metrics(1, 0.1, 2.0, 0.1, 2.0, 0.1, 9.0)
-    figures.draw_curves(
+    draw_curves(
         tmp_path / "curves.png", [line], None, title=title, schedule=lambda step: 0.1,
         milestones=[1], steps_per_epoch=3,
     )  # fmt: skip
@@ -132,8 +135,7 @@ def run_command(arguments, **environment):
         [sys.executable, str(Path(__file__).with_name("tiny_command.py")), *arguments.split()],
         capture_output=True,
         text=True,
-        env={"PATH": path, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-        | environment,
+        env={"PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)} | FAST | environment,
     )
 
 
@@ -181,7 +183,7 @@ def test_a_signal_whose_exception_got_lost_still_stops(tiny, tmp_path, monkeypat
 
 
 def lines_of_a_table():
-    return (RESULTS / "digits/runs.jsonl").read_text().splitlines()
+    return (RESULTS / "cifar10_jpeg/runs.jsonl").read_text().splitlines()
 
 
 @pytest.mark.parametrize("field, value", [
@@ -195,7 +197,7 @@ def test_a_line_of_a_table_with_a_wrong_value_is_left_out(field, value, tmp_path
     path.write_text(json.dumps(json.loads(first) | {field: value}) + "\n" + second + "\n")
     runs, broken = table_runs.load(path)
     assert len(runs) == 1 and broken == [1]
-    assert paper_table.table(runs)
+    assert table_report.table(runs)
 
 
 def test_a_damaged_cell_does_not_stop_the_table(tmp_path, capsys):

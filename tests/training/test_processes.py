@@ -34,12 +34,12 @@ def free_port() -> int:
 
 
 def start_processes(
-    arguments: str, count: int = 2, command: Path = COMMAND
+    arguments: str, count: int = 2, command: Path = COMMAND, **environment: str
 ) -> list[subprocess.Popen]:
     """Processes that train together, each with 4 virtual devices."""
     common = f"{arguments} --coordinator 127.0.0.1:{free_port()} --num_processes {count}"
     return [
-        start_command(f"{common} --process_id {i}", command, JAX_NUM_CPU_DEVICES="4")
+        start_command(f"{common} --process_id {i}", command, JAX_NUM_CPU_DEVICES="4", **environment)
         for i in range(count)
     ]
 

@@ -113,6 +113,11 @@ def use_tiny(patch: pytest.MonkeyPatch, images: DataSet | None = None) -> None:
         patch.setattr(data, "load", lambda *_, **__: images)
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Takes the place of the slow picture of a run."""
+    patch.setattr(figures, "draw_curves", lambda path, *_, **__: path.write_bytes(b"picture"))
+
+
 def compile_once(patch: pytest.MonkeyPatch) -> None:
     """Commands with the same network, optimizer and images share their programs, which are pure.
 

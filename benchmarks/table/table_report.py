@@ -1,7 +1,6 @@
 """The runs of runs.jsonl beside the paper's figures: table.md and table.png.
 
-Everything shown is made from the lines of runs.jsonl alone, and from the test accuracies of Roburin
-et al. 2022 below.
+Everything shown is made from the lines of runs.jsonl alone, and from `paper_figures`.
 """
 
 from __future__ import annotations
@@ -14,112 +13,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from images import recipes
+from table.paper_figures import (
+    NOT_COMPARABLE,
+    OPTIMIZERS,
+    PAIRS,
+    PAPER,
+    PAPER_SOURCE,
+    SETTINGS,
+    WHY_NOT_COMPARABLE,
+    Accuracy,
+    compare,
+    mark,
+    paper_difference,
+    runs_of,
+    shared_seeds,
+    summarise,
+)
 from table.table_runs import Key, Protocol, Run
 from training.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-PAPER_SOURCE = (
-    "Roburin et al. 2022, *Spherical Perspective on Learning with Normalization Layers* "
-    "([arXiv 2006.13382](https://arxiv.org/abs/2006.13382))"
-)
-OPTIMIZERS = ("sgd", "adam", "adamw", "adamg", "sgdmrt", "adams", "adamsrt")
-NOT_COMPARABLE = "adamg"
-WHY_NOT_COMPARABLE = (
-    "adamg is not comparable: the published code inverts its `channel_wise` switch (its spherical "
-    "branch runs exactly for the parameters that are not flagged) and never puts the initial point "
-    "on the sphere. The paper's figures probably come from that code, so they are of another "
-    "algorithm than the one described, which is the one trained here."
-)
-# What the paper claims, as differences between two optimizers in one setting.
-PAIRS = (("adamsrt", "adam"), ("adams", "adam"), ("sgdmrt", "sgd"))
-# Test accuracies in %, a column per optimizer in the order of OPTIMIZERS.
-_MEANS = {
-    "cifar10/resnet20": (92.39, 90.98, 90.19, 91.64, 92.25, 91.15, 91.81),
-    "cifar10/resnet18": (95.1, 93.77, 93.61, 94.67, 94.93, 93.95, 94.92),
-    "cifar10/vgg16": (93.56, 92.83, 92.53, 93.41, 93.68, 92.92, 93.75),
-    "cifar100/resnet18": (77.08, 71.3, 67.39, 73.76, 77.09, 74.44, 75.28),
-    "cifar100/vgg16": (73.77, 68.43, 71.37, 70.17, 73.32, 68.73, 71.45),
-    "svhn/resnet18": (95.96, 95.32, 95.38, 95.73, 96.17, 95.75, 95.84),
-    "svhn/vgg16": (95.95, 95.57, 95.6, 95.7, 95.95, 95.66, 95.82),
-}
-_DEVIATIONS = {
-    "cifar10/resnet20": (0.12, 0.06, 0.24, 0.17, 0.12, 0.11, 0.2),
-    "cifar10/resnet18": (0.04, 0.2, 0.12, 0.12, 0.23, 0.23, 0.05),
-    "cifar10/vgg16": (0.05, 0.17, 0.25, 0.17, 0.3, 0.11, 0.06),
-    "cifar100/resnet18": (0.18, 0.36, 0.27, 0.34, 0.15, 0.22, 0.35),
-    "cifar100/vgg16": (0.1, 0.16, 0.22, 0.2, 0.29, 0.27, 0.13),
-    "svhn/resnet18": (0.15, 0.23, 0.15, 0.05, 0.12, 0.09, 0.07),
-    "svhn/vgg16": (0.09, 0.2, 0.08, 0.25, 0.12, 0.09, 0.05),
-}
-SETTINGS = tuple(_MEANS)
-
-
-class Accuracy(NamedTuple):
-    """A test accuracy in %, or a difference of two in points, over runs.
-
-    The deviation is None for a single run.
-    """
-
-    mean: float
-    deviation: float | None
-
-
-PAPER: dict[str, dict[str, Accuracy]] = {
-    setting: dict(zip(OPTIMIZERS, map(Accuracy, means, _DEVIATIONS[setting]), strict=True))
-    for setting, means in _MEANS.items()
-}
-
-
-def summarise(runs: Mapping[Key, Run], setting: str, optimizer: str) -> Accuracy | None:
-    """Mean and sample deviation of the test accuracy over seeds; None where there is no run."""
-    return _accuracy([100 * run.test_accuracy for run in _row(runs, setting, optimizer)])
-
-
-def compare(runs: Mapping[Key, Run], setting: str, pair: tuple[str, str]) -> Accuracy | None:
-    """The first optimizer less the second: mean and sample deviation over the seeds of both.
-
-    None where no seed has been trained with both.
-    """
-    return _accuracy(
-        [
-            100 * (runs[setting, pair[0], seed].test_accuracy)
-            - 100 * (runs[setting, pair[1], seed].test_accuracy)
-            for seed in _shared_seeds(runs, setting, pair)
-        ]
-    )
-
-
-def _shared_seeds(runs: Mapping[Key, Run], setting: str, pair: tuple[str, str]) -> list[int]:
-    first, second = ({key[2] for key in runs if key[:2] == (setting, name)} for name in pair)
-    return sorted(first & second)
-
-
-def paper_difference(setting: str, pair: tuple[str, str]) -> Accuracy:
-    """The same of the paper, whose seeds are not told apart: deviations add as squares."""
-    (mean, deviation), (other, others) = (PAPER[setting][optimizer] for optimizer in pair)
-    assert deviation is not None and others is not None
-    return Accuracy(mean - other, math.hypot(deviation, others))
-
-
-def _accuracy(values: Sequence[float]) -> Accuracy | None:
-    if not values:
-        return None
-    return Accuracy(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-
-def mark(optimizer: str, ours: Accuracy, paper: Accuracy) -> str:
-    """▲ or ▼ where ours is more than two deviations of the difference above or below the paper.
-
-    Empty otherwise, for a single run, and for the optimizer that is not comparable.
-    """
-    if optimizer == NOT_COMPARABLE or ours.deviation is None or paper.deviation is None:
-        return ""
-    difference = ours.mean - paper.mean
-    if abs(difference) <= 2 * math.hypot(ours.deviation, paper.deviation):
-        return ""
-    return "▲" if difference > 0 else "▼"
 
 
 def write_report(output: Path, runs: Mapping[Key, Run]) -> None:
@@ -218,7 +132,7 @@ def _table_row(runs: Mapping[Key, Run], setting: str, optimizer: str, beside: bo
     ours = summarise(runs, setting, optimizer)
     cells = ["–", "0", *([_plus_minus(paper), "–"] if beside else []), *["–"] * 4]
     if ours:
-        row = _row(runs, setting, optimizer)
+        row = runs_of(runs, setting, optimizer)
         rates = [run.images_per_second for run in row if run.images_per_second is not None]
         cells[:2] = _plus_minus(ours), str(len(row))
         if beside:
@@ -236,7 +150,7 @@ def _table_of_differences(runs: Mapping[Key, Run], setting: str) -> list[str]:
     rows = []
     for pair in PAIRS:
         if ours := compare(runs, setting, pair):
-            n = len(_shared_seeds(runs, setting, pair))
+            n = len(shared_seeds(runs, setting, pair))
             paper = _signed(paper_difference(setting, pair))
             rows.append(f"| {' − '.join(pair)} | {_signed(ours)} | {n} | {paper} |")
     if not rows:
@@ -264,10 +178,6 @@ def _signed(figure: Accuracy) -> str:
 
 def _title(setting: str, protocol: Protocol) -> str:
     return f"{setting} on {protocol.stand_in}" if protocol.stand_in else setting
-
-
-def _row(runs: Mapping[Key, Run], setting: str, optimizer: str) -> list[Run]:
-    return [run for key, run in sorted(runs.items()) if key[:2] == (setting, optimizer)]
 
 
 def _present(runs: Mapping[Key, Run], field: int, order: Sequence[str]) -> list[str]:
@@ -367,7 +277,7 @@ def _accuracies(runs: Mapping[Key, Run], setting: str) -> list[_Row]:
         paper, ours = PAPER[setting][name], summarise(runs, setting, name)
         text, marked = "no run", False
         if ours:
-            n = len(_row(runs, setting, name))
+            n = len(runs_of(runs, setting, name))
             text = f"{_difference(name, ours, paper)}  (n = {n})"
             marked = bool(mark(name, ours, paper))
         rows.append(_Row(name, ours, paper, text, marked))
@@ -377,7 +287,7 @@ def _accuracies(runs: Mapping[Key, Run], setting: str) -> list[_Row]:
 def _differences(runs: Mapping[Key, Run], setting: str) -> list[_Row]:
     rows = []
     for pair in PAIRS:
-        ours, n = compare(runs, setting, pair), len(_shared_seeds(runs, setting, pair))
+        ours, n = compare(runs, setting, pair), len(shared_seeds(runs, setting, pair))
         text = f"{_signed(ours)}  (n = {n})" if ours else "no run"
         rows.append(_Row(" − ".join(pair), ours, paper_difference(setting, pair), text, False))
     return rows

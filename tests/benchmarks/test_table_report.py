@@ -4,18 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from table import paper_table
-from table_lines import draw_nothing, line, names, report, write_lines
+import table_lines
+from table import paper_figures, table_report
+from table_lines import line, names, report, write_lines
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    draw_nothing(monkeypatch)
+no_picture = table_lines.no_picture  # a fixture
 
 
 def rows(output: Path, setting: str) -> dict[str, list[str]]:
@@ -29,7 +25,7 @@ def test_paper_figures_are_the_published_ones():
     published = json.loads((GOLDENS / "recipes.json").read_text())["paper_test_accuracy_percent"]
     ours = {
         setting: {name: figure._asdict() for name, figure in row.items()}
-        for setting, row in paper_table.PAPER.items()
+        for setting, row in paper_figures.PAPER.items()
     }
     assert ours == {
         setting: {o: {"mean": f["mean"], "deviation": f["std"]} for o, f in row.items()}
@@ -62,7 +58,7 @@ def test_table_of_made_up_runs(no_picture, tmp_path):
 
     def want(key: tuple[str, str], difference: str) -> list[str]:
         mean, n = np.mean(values[key]), len(values[key])
-        figure = paper_table.PAPER[key[0]][key[1]]
+        figure = paper_figures.PAPER[key[0]][key[1]]
         return [
             f"{mean:.2f} ± {np.std(values[key], ddof=1):.2f}" if n > 1 else f"{mean:.2f}",
             str(n),
@@ -154,7 +150,7 @@ def test_a_report_that_fails_leaves_the_one_before(no_picture, tmp_path, monkeyp
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(paper_table, "draw", fill_the_disk)
+    monkeypatch.setattr(table_report, "draw", fill_the_disk)
     assert report(tmp_path) == 1
     assert "error: No space left on device; what " in capsys.readouterr().err
     assert names(tmp_path) == {"runs.jsonl", "table.md", "table.png"}
@@ -196,7 +192,7 @@ def test_the_picture_of_another_protocol_shows_differences_and_no_marks(tmp_path
 def test_picture_of_the_whole_table(tmp_path):
     lines = [
         line(setting, optimizer, seed, figure.mean + seed)
-        for setting, row in paper_table.PAPER.items()
+        for setting, row in paper_figures.PAPER.items()
         for optimizer, figure in row.items()
         for seed in range(2)
     ]
