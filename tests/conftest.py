@@ -4,9 +4,15 @@ Hypothesis draws the same examples each time; with `--hypothesis-profile=long` o
 as many.
 """
 
+import signal
+
 import hypothesis
 import jax
 import pytest
+
+# A shell makes what it starts in the background deaf to Ctrl-C, and so all that this starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 8)
 
