@@ -222,9 +222,10 @@ def test_momenta_of_tangent_gradients_are_tangent(program):
             g, _ = project(g, optax.EmptyState(), params)
             before = momentum(state)
             _, state, after = step(g, state, params)
-            here = spheres(program, momentum(state), params, g, before)
-            for dtype, m, x, g, old in here:
-                own, wide = jnp.finfo(dtype), rounding(jax.tree.leaves(params)[0].dtype)
+            stored = spheres(program, momentum(state))
+            here = spheres(program, params, g, before)
+            for (kept, m), (dtype, x, g, old) in zip(stored, here, strict=True):
+                own, wide = jnp.finfo(kept), rounding(dtype)
                 # The gradient's own radial part, and rounding of what is summed and stored.
                 share = np.maximum(1, length(x))
                 allowed = share * abs(dot(g, x)[:, 0])
