@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Measures on a GPU, within 25 minutes, what only a GPU can tell:
+#
+#   bash benchmarks/on_a_gpu.sh [--tiny] OUTPUT [IMAGES]
+#
+#   OUTPUT  a folder for all results: a log of each stage, and stages.txt with how each ended
+#   IMAGES  an archive or a folder of images in train/CLASS and test/CLASS, to train the table's
+#           first column on; without it that stage is left out
+#   --tiny  small sizes on whatever device there is, to try the script itself
+#
+# The Python is that of the variable PYTHON, or `python`; JAX must see a GPU with it, and where it has
+# PyTorch, that is measured too. Stages follow each other in the order of their worth; one that fails
+# or takes too long does not stop the next, and what is there is not measured again by the same
+# command. Exit code 0: all stages ended well; 1: some did not; 2: refused; 130: Ctrl-C.
+set -uo pipefail
+python=${PYTHON:-python}
+case $python in */*) python=$(realpath -s "$python") ;; esac
+name=on_a_gpu.sh
+
+refuse() { echo "$name: $1" >&2; exit 2; }
+
+usage() { sed -n '2,/^set/{/^# \{0,1\}/s///p}' "$0"; }
+
+tiny=
+positional=()
+for argument in "$@"; do
+  case $argument in
+    -h | --help) usage; exit 0 ;;
+    --tiny) tiny=yes ;;
+    -*) refuse "unknown option $argument; see --help" ;;
+    *) positional+=("$argument") ;;
+  esac
+done
+case ${#positional[@]} in
+  1 | 2) ;;
+  *) refuse "a folder for the results is needed, and at most images beside it; see --help" ;;
+esac
+images=${positional[1]:-}
+if [ -n "$images" ]; then
+  [ -e "$images" ] || refuse "there is no $images"
+  images=$(realpath "$images")
+fi
+mkdir -p "${positional[0]}" || refuse "cannot create ${positional[0]}"
+output=$(realpath "${positional[0]}")
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+backend=$("$python" -c 'import jax; print(jax.default_backend())' 2>&1) ||
+  refuse "JAX does not work with $python: ${backend##*$'\n'}"
+backend=${backend##*$'\n'} # behind warnings
+if [ "$backend" != gpu ] && [ -z "$tiny" ]; then
+  refuse "JAX with $python sees no GPU but a $backend; with --tiny the script is tried on that"
+fi
+
+# The tests share the GPU between processes, and PyTorch takes its part beside JAX.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+torch=()
+if "$python" -c 'import torch' 2>/dev/null; then torch=(--torch); fi
+
+trap 'echo "$name: interrupted; the same command goes on from what is in $output" >&2; exit 130' INT
+failed=0
+
+stage() { # NAME SECONDS COMMAND...: SIGTERM after so many seconds, upon which our commands save
+  local stage=$1 seconds=$2 began=$SECONDS code
+  shift 2
+  printf '\n== %s\n' "$stage"
+  timeout --foreground --signal=TERM --kill-after=30 "$seconds" "$@" 2>&1 |
+    tee --ignore-interrupts "$output/$stage.log"
+  code=${PIPESTATUS[0]}
+  [ "$code" -eq 0 ] || failed=1
+  [ "$code" -ne 124 ] || code="124 (ended after its $seconds s)"
+  echo "$stage: exit code $code after $((SECONDS - began)) s" | tee -a "$output/stages.txt"
+}
+
+if [ -n "$tiny" ]; then
+  tests=(spherical_optax tests/library/test_platforms.py)
+  steps=(--models resnet20 --optimizers "adam,adam_srt" --rounds 3)
+  wide=(--models resnet20 --batch_sizes 8 --rounds 2)
+  many=(--models resnet20 --batch_sizes 8 --seeds "1,2" --rounds 2)
+  table=(--seeds 1 --epochs 1 --optimizers sgd)
+else
+  tests=(spherical_optax tests/library)
+  steps=()
+  wide=(--models resnet18 --precisions bfloat16 --batch_sizes 512 --seeds 1 --epoch)
+  many=(--models resnet20 --precisions float32 --batch_sizes 128 --seeds "1,4" --epoch)
+  table=(--seeds 3 --epochs 60)
+fi
+
+: >"$output/stages.txt"
+stage tests 240 "$python" -m pytest -q "${tests[@]}"
+stage optimizer_step 300 "$python" benchmarks/optimizer_step.py \
+  "${steps[@]}" "${torch[@]}" --output "$output/optimizer_step"
+stage throughput_of_resnet18 180 "$python" benchmarks/training_throughput.py \
+  "${wide[@]}" "${torch[@]}" --output "$output/training_throughput"
+stage throughput_of_resnet20 180 "$python" benchmarks/training_throughput.py \
+  "${many[@]}" "${torch[@]}" --output "$output/training_throughput"
+if [ -n "$images" ]; then
+  stage table 480 "$python" benchmarks/reproduce_table.py --settings cifar10/resnet20 \
+    "${table[@]}" --dataset "folder:$images" --output "$output/table"
+else
+  echo "table: left out, as no images were given" | tee -a "$output/stages.txt"
+fi
+stage predictions 30 "$python" benchmarks/compiled_for_gpu.py --report \
+  --measured "$output/optimizer_step" --output "$output/predictions"
+
+printf '\n== how the stages ended\n'
+cat "$output/stages.txt"
+exit "$failed"
