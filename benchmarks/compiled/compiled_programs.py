@@ -40,20 +40,25 @@ def compile_and_count(setting: Setting) -> Figures:
 
     launched = kernels.launches(compiled.as_text() or "")
     if setting.kind == "training":  # what is outside of the loop runs once an epoch
-        launched = [kernel for kernel in launched if kernel.looped]
+        launched = [
+            kernel._replace(times=kernel.times // STEPS)
+            for kernel in launched
+            if kernel.times >= STEPS
+        ]
+    kinds, memory = kernels.count(launched), compiled.memory_analysis()
     between = [kernel for kernel in launched if kernel.kind in kernels.COLLECTIVES]
-    spherical, memory = step_programs.spheres(setting.model), compiled.memory_analysis()
+    spherical = step_programs.spheres(setting.model)
     paths = jax.tree.leaves_with_path(params)
     return Figures(
         parameter_bytes=step_programs.nbytes(params),
         spherical_leaves=sum(
             spherical(step_programs.path_name(path), leaf) is not None for path, leaf in paths
         ),
-        kernels=len(launched),
-        nbytes=sum(kernel.nbytes for kernel in launched),
+        kernels=sum(kinds.values()),
+        nbytes=kernels.moved(launched),
         temporary_bytes=memory.temp_size_in_bytes if memory else None,
-        kinds=kernels.count(launched),
-        collective_bytes=sum(kernel.nbytes for kernel in between),
+        kinds=kinds,
+        collective_bytes=kernels.moved(between),
         compile_seconds=seconds,
     )
 

@@ -27,14 +27,15 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*)")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([^\s,(){}]+)")
 _CALLED = re.compile(r"\b(to_apply|calls|body|condition|\w+_computations?)=(\{[^}]*\}|[^\s,]+)")
+_ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Kernel(NamedTuple):
-    """One launch."""
+    """An instruction that launches something."""
 
     kind: str  # "fusion", "custom-call", "copy", "all-reduce", ...
     nbytes: int  # of operands and results
-    looped: bool  # whether it is in a loop of the program
+    times: int  # in a run of the program
 
 
 class _Instruction(NamedTuple):
@@ -50,10 +51,10 @@ _Computation = dict[str, _Instruction]
 def launches(text: str) -> list[Kernel]:
     """The kernels that a run of a program launches, in the order of the text.
 
-    The body of a loop counts once, and its condition where the number of rounds is not known
-    before; of the branches of a conditional, the one that launches most. A library's call and a
-    collective count as one each, however many kernels they are. Bytes are the sizes of operands
-    and results, also of a kernel that reads a part of an operand, or writes a part of one in place.
+    What is in a loop has the number of its rounds, or 1 where this is not known before; then the
+    loop's condition is launched too. Of the branches of a conditional, the one counts that launches
+    most. A library's call and a collective are one each, however many kernels they are. Bytes are
+    the sizes of operands and results, also where a part of an operand is read, or written in place.
 
     Args:
       text: a scheduled module of XLA, as `as_text()` of what `jax.jit(...).lower(...).compile()`
@@ -66,14 +67,22 @@ def launches(text: str) -> list[Kernel]:
     if entry is None:
         raise ValueError("the text is no program of XLA: it has no ENTRY")
     try:
-        return list(_of_computation(entry, computations, looped=False))
+        return list(_of_computation(entry, computations, times=1))
     except KeyError as error:
         raise ValueError(f"the text is no whole program of XLA: it lacks {error}") from error
 
 
 def count(launched: Iterable[Kernel]) -> dict[str, int]:
-    """How many kernels there are of each kind, the most frequent first."""
-    return dict(Counter(kernel.kind for kernel in launched).most_common())
+    """How many launches there are of each kind, the most frequent first."""
+    found: Counter[str] = Counter()
+    for kernel in launched:
+        found[kernel.kind] += kernel.times
+    return dict(found.most_common())
+
+
+def moved(launched: Iterable[Kernel]) -> int:
+    """Bytes of all launches."""
+    return sum(kernel.times * kernel.nbytes for kernel in launched)
 
 
 def size(shape: str) -> int:
@@ -91,7 +100,7 @@ def size(shape: str) -> int:
 
 
 def _of_computation(
-    name: str, computations: Mapping[str, _Computation], *, looped: bool
+    name: str, computations: Mapping[str, _Computation], *, times: int
 ) -> Iterator[Kernel]:
     within = computations[name]
     for instruction in within.values():
@@ -102,15 +111,18 @@ def _of_computation(
             continue
         if kind in ("call", "async"):
             for callee in called.get("to_apply", []) + called.get("calls", []):
-                yield from _of_computation(callee, computations, looped=looped)
+                yield from _of_computation(callee, computations, times=times)
         elif kind == "while":
-            if "known_trip_count" not in attributes:
-                yield from _of_computation(called["condition"][0], computations, looped=True)
-            yield from _of_computation(called["body"][0], computations, looped=True)
+            if rounds := _ROUNDS.search(attributes):
+                times_of_body = times * int(rounds[1])
+            else:
+                times_of_body = times
+                yield from _of_computation(called["condition"][0], computations, times=times)
+            yield from _of_computation(called["body"][0], computations, times=times_of_body)
         elif kind == "conditional":
             names = [n for key in called if key.endswith(_BRANCHES) for n in called[key]]
             branches = [
-                list(_of_computation(branch, computations, looped=looped)) for branch in names
+                list(_of_computation(branch, computations, times=times)) for branch in names
             ]
             yield from max(branches, key=len, default=[])
         else:
@@ -118,7 +130,7 @@ def _of_computation(
             # What begins a transfer hands its operands on as part of its result.
             if opcode == kind or kind == "all-reduce":
                 nbytes += sum(size(within[operand].shape) for operand in dict.fromkeys(operands))
-            yield Kernel(kind, nbytes, looped)
+            yield Kernel(kind, nbytes, times)
 
 
 _BRANCHES = ("true_computation", "false_computation", "branch_computations")

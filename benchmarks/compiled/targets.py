@@ -41,7 +41,8 @@ GPUS = {
 }
 FLAG = "--xla_gpu_autotune_level=0"  # which would time kernels on a GPU
 REMEDY = "pip install '.[gpu_compile]'"
-_PLUGINS = ("cuda12", "cuda13")
+# JAX's plugin for CUDA; and the compiler behind it, without which the plugin ends the process.
+_NEEDED = ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc")
 _TARGET = """\
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -74,22 +75,19 @@ def prepare() -> dict[str, str | None]:
     """Set JAX up, before it starts, to compile for GPUs from a CPU.
 
     Returns:
-      The version of its plugin for CUDA, by the plugin's name.
+      The version of its plugin for CUDA.
 
     Raises:
-      Refused: there is no such plugin.
+      Refused: the plugin is missing, or the compiler behind it.
     """
-    for cuda in _PLUGINS:
-        if _is_there(f"jax_plugins.xla_{cuda}"):
-            break
-    else:
-        raise Refused(f"JAX's plugin for CUDA is needed to compile for its GPUs: {REMEDY}")
+    for module in _NEEDED:
+        if not _is_there(module):
+            raise Refused(f"to compile for GPUs JAX needs {module}, which is missing: {REMEDY}")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    package = f"jax-{cuda}-plugin"
-    return {package: metadata.version(package)}
+    return {"jax-cuda12-plugin": metadata.version("jax-cuda12-plugin")}
 
 
 def _is_there(module: str) -> bool:

@@ -1,199 +1,281 @@
-"""Programs compiled for a GPU: what is read from their texts, the command, and the report."""
+"""The command that compiles for GPUs: what it compiles, skips and refuses; the report."""
 
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 
-from compiled import kernels
-from compiled.kernels import Kernel
+import compiled_for_gpu
+from compiled import compiled_lines, compiled_programs, compiled_report, targets
+from compiled.compiled_lines import Compiled, Figures, Setting
+from training.command import Refused
+
+COMMAND = Path(compiled_for_gpu.__file__)
 
 
-def entry(*lines, before=""):
-    body = "\n".join(f"  {line}" for line in lines)
-    head = "HloModule jit_step, is_scheduled=true"
-    return f"{head}\n\n{before}\nENTRY %main.2 (a: f32[4]) -> f32[4] {{\n{body}\n}}\n"
-
-
-@pytest.mark.parametrize(
-    ("shape", "nbytes"),
-    [
-        ("f32[3,3,64]{2,1,0}", 4 * 9 * 64),
-        ("f32[]", 4),
-        ("f32[0]{0}", 0),
-        ("bf16[8]{0:S(5)}", 16),
-        ("pred[7]{0}", 7),
-        ("s32[2]", 8),
-        ("u8[5]", 5),
-        ("f8e4m3fn[6]{0}", 6),
-        ("s4[3]{0:E(4)}", 2),
-        ("c64[2]", 16),
-        ("token[]", 0),
-        ("(f32[2]{0}, (s32[], pred[3]{0}), /*index=2*/bf16[4,2]{1,0})", 8 + 4 + 3 + 16),
-        ("()", 0),
-    ],
+FIGURES = Figures(
+    parameter_bytes=4_000_000,
+    spherical_leaves=20,
+    kernels=100,
+    nbytes=28_000_000,
+    temporary_bytes=16_388,
+    kinds={"fusion": 98, "copy": 2},
+    collective_bytes=0,
+    compile_seconds=2.5,
 )
-def test_sizes(shape, nbytes):
-    assert kernels.size(shape) == nbytes
 
 
-def test_a_fusion_counts_once_with_its_operands_and_results():
-    text = entry(
-        "%a.1 = f32[4]{0} parameter(0), sharding={replicated}, metadata={op_name=\"x['a'](0)\"}",
-        "%b = bf16[4]{0} parameter(1)",
-        "%c = s32[] constant(3)",
-        "%both = (f32[4]{0}, pred[4]{0}) fusion(%a.1, %b, /*index=2*/%c), kind=kLoop, calls=%add",
-        "%one = pred[4]{0} get-tuple-element(%both), index=1",
-        "%shaped = pred[2,2]{1,0} bitcast(%one)",
-        "ROOT %t = (pred[2,2]{1,0}) tuple(%shaped)",
-        before="%add (p: f32[4]) -> f32[4] {\n"
-        "  %p = f32[4]{0} parameter(0)\n"
-        "  ROOT %s = f32[4]{0} add(%p, %p)\n"
-        "}\n",
+@pytest.fixture
+def faked(monkeypatch):
+    """Nothing is compiled: the figures are always the same. Yields the settings asked for."""
+    asked = []
+    monkeypatch.setattr(targets, "prepare", lambda: {"jax-cuda12-plugin": "0.12"})
+    monkeypatch.setenv("XLA_FLAGS", targets.FLAG)
+    monkeypatch.setattr(targets, "devices", lambda gpu, count: [])
+    monkeypatch.setattr(
+        compiled_programs, "compile_and_count", lambda setting: asked.append(setting) or FIGURES
     )
-    assert kernels.launches(text) == [Kernel("fusion", 16 + 8 + 4 + 16 + 4, False)]
+    monkeypatch.setattr("training.environment.find_git_revision", lambda: "abc")
+    yield asked
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
-def test_an_operand_named_twice_is_read_once():
-    text = entry("%a = f32[4]{0} parameter(0)", "ROOT %m = f32[4]{0} multiply(%a, %a)")
-    assert kernels.launches(text) == [Kernel("multiply", 32, False)]
+def run(output, *arguments):
+    return compiled_for_gpu.main(["--output", str(output), *arguments])
 
 
-def test_calls_are_followed():
-    """As those of a command buffer, which may hold another."""
-    inner = (
-        "%inner (q: f32[4]) -> f32[4] {\n"
-        "  %q = f32[4]{0} parameter(0)\n"
-        "  ROOT %n = f32[4]{0} copy(%q)\n"
-        "}\n"
-        "%command_buffer (p: f32[4]) -> f32[4] {\n"
-        "  %p = f32[4]{0} parameter(0)\n"
-        '  %m = f32[4]{0} custom-call(%p), custom_call_target="__cublas$gemm"\n'
-        "  ROOT %c = f32[4]{0} call(%m), to_apply=%inner\n"
-        "}\n"
-    )
-    text = entry(
-        "%a = f32[4]{0} parameter(0)",
-        "ROOT %r = f32[4]{0} call(%a), to_apply=%command_buffer",
-        before=inner,
-    )
-    assert kernels.launches(text) == [
-        Kernel("custom-call", 32, False),
-        Kernel("copy", 32, False),
+def read(output):
+    return [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
+
+
+def test_the_command_compiles_and_goes_on_from_what_is_there(faked, tmp_path, capsys, monkeypatch):
+    options = ["--models=resnet18", "--optimizers=adam,adam_g", "--gpus=a100"]
+    assert run(tmp_path, *options) == 0
+    lines = read(tmp_path)
+    assert [(line["kind"], line["optimizer"]) for line in lines] == [
+        *(("step", "adam"), ("step", "adam_g")),
+        *(("sharded", "adam"), ("sharded", "adam_g")),
+        ("training", "adam"),
     ]
+    assert [line["devices"] for line in lines] == [1, 1, 4, 4, 1]
+    assert (lines[-1]["batch_size"], lines[-1]["precision"]) == (512, "bfloat16")
+    assert {line["git_revision"] for line in lines} == {"abc"}
+    assert lines[0]["versions"]["jax"] == jax.__version__
+    assert lines[0]["versions"]["jax-cuda12-plugin"] == "0.12"
+    assert "5 compiled, 0 there; the table is in " in capsys.readouterr().out
+
+    assert run(tmp_path, *options) == 0
+    assert "0 compiled, 5 there; " in capsys.readouterr().out and len(faked) == 5
+    monkeypatch.setattr("training.environment.find_git_revision", lambda: "def")
+    assert run(tmp_path, *options) == 0
+    assert [line["git_revision"] for line in read(tmp_path)] == ["abc"] * 5 + ["def"] * 5
 
 
-LOOP = (
-    "%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {\n"
-    "  %s = (s32[], f32[4]{0}) parameter(0)\n"
-    "  %i = s32[] get-tuple-element(%s), index=0\n"
-    "  %x = f32[4]{0} get-tuple-element(%s), index=1\n"
-    "  %y = f32[4]{0} fusion(%x, %i), kind=kLoop, calls=%f\n"
-    "  %j = s32[] fusion(%i), kind=kLoop, calls=%g\n"
-    "  ROOT %t = (s32[], f32[4]{0}) tuple(%j, %y)\n"
-    "}\n"
-    "%condition (s: (s32[], f32[4])) -> pred[] {\n"
-    "  %s.1 = (s32[], f32[4]{0}) parameter(0)\n"
-    "  %i.1 = s32[] get-tuple-element(%s.1), index=0\n"
-    "  ROOT %less = pred[] fusion(%i.1), kind=kLoop, calls=%h\n"
-    "}\n"
+def test_a_failure_is_told_and_the_others_are_compiled(faked, tmp_path, capsys, monkeypatch):
+    def fail(setting):
+        if setting.optimizer == "muon":
+            raise RuntimeError("RESOURCE_EXHAUSTED: no memory\nand much more")
+        return FIGURES
+
+    monkeypatch.setattr(compiled_programs, "compile_and_count", fail)
+    assert run(tmp_path, "--models=vgg16", "--optimizers=sgd,muon,adam_s", "--gpus=h100") == 1
+    out, err = capsys.readouterr()
+    message = "failed: step muon on vgg16 for h100: RESOURCE_EXHAUSTED: no memory"
+    assert err.splitlines()[-1] == f"compiled_for_gpu.py: {message}"
+    assert [line["optimizer"] for line in read(tmp_path)] == ["sgd", "adam_s"]
+    assert "2 compiled, 0 there" in out and (tmp_path / "table.md").exists()
+
+
+def test_an_interrupted_command_goes_on(faked, tmp_path, capsys, monkeypatch):
+    def interrupted(setting):
+        if setting.optimizer == "sgd":
+            raise KeyboardInterrupt
+        return FIGURES
+
+    options = ["--models=vgg16", "--optimizers=adamw,sgd", "--gpus=h100"]
+    with monkeypatch.context() as patched:
+        patched.setattr(compiled_programs, "compile_and_count", interrupted)
+        assert run(tmp_path, *options) == 130
+    assert "interrupted; what " in capsys.readouterr().err.splitlines()[-1]
+    assert [line["optimizer"] for line in read(tmp_path)] == ["adamw"]
+    assert run(tmp_path, *options) == 0
+    assert [line["optimizer"] for line in read(tmp_path)] == ["adamw", "sgd"]
+
+
+@pytest.mark.parametrize("module", ["jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"])
+def test_a_plugin_that_is_missing(module, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(targets, "_is_there", lambda name: name != module)
+    assert run(tmp_path / "new") == 2
+    assert capsys.readouterr().err == (
+        f"compiled_for_gpu.py: error: to compile for GPUs JAX needs {module}, which is missing: "
+        "pip install '.[gpu_compile]'\n"
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_plugin_that_does_not_start(tmp_path, capsys, monkeypatch):
+    def refuse(*arguments, **options):
+        raise RuntimeError("UNKNOWN: no such target\nand much more")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    with pytest.raises(Refused, match=r"does not start \(UNKNOWN: no such target\): pip install"):
+        targets.devices("a100", 4)
+
+
+def test_help_and_refusals_start_no_jax():
+    program = (
+        "import sys, compiled_for_gpu\n"
+        "for arguments in (['--help'], ['--gpus', 'x'], ['--report', '--output', 'nowhere']):\n"
+        "    try: compiled_for_gpu.main(arguments)\n"
+        "    except SystemExit: pass\n"
+        "sys.exit(bool({'jax', 'matplotlib'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=COMMAND.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "runs/compiled_for_gpu)" in done.stdout and "of h100,a100" in done.stdout
+    assert "examples:" in done.stdout
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None
+    or not all(map(targets._is_there, targets._NEEDED)),
+    reason="JAX's plugin for CUDA is missing: pip install '.[gpu_compile]'",
 )
-
-
-def of_loop(attributes=""):
-    return entry(
-        "%a = (s32[], f32[4]{0}) parameter(0)",
-        "%c = (s32[], f32[4]{0}) copy(%a)",
-        "ROOT %w = (s32[], f32[4]{0}) while(%c), condition=%condition, body=%body" + attributes,
-        before=LOOP,
+def test_steps_are_compiled_for_a_gpu(tmp_path):
+    """What a step of Adam is: one loop over mu, nu and x of each leaf, seven passes."""
+    options = ["--models=resnet20", "--optimizers=adam,adam_srt", f"--output={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, COMMAND, *options, "--gpus=h100"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(COMMAND.parents[1])},
     )
+    assert done.returncode == 0, done.stderr
+    adam, srt, training, _ = (line for line in read(tmp_path))
+    leaves = 65  # 21 kernels, 21 scales and 21 biases of norms, a linear layer's two
+    assert leaves <= adam["kernels"] <= leaves + 3
+    assert adam["nbytes"] / adam["parameter_bytes"] == pytest.approx(7, rel=0.01)
+    assert adam["spherical_leaves"] == 21 and adam["collective_bytes"] == 0
+    assert srt["kernels"] > adam["kernels"]
+    assert training["kinds"]["custom-call"] >= 3 * 20  # each convolution and its two gradients
 
 
-def test_the_body_of_a_loop_counts_once():
-    known = ', backend_config={"known_trip_count":{"n":"20"}}'
-    before, step, counter = kernels.launches(of_loop(known))
-    assert before == Kernel("copy", 40, False)
-    assert (step, counter) == (Kernel("fusion", 36, True), Kernel("fusion", 8, True))
+# The report.
 
 
-def test_the_condition_of_a_loop_counts_where_its_rounds_are_unknown():
-    assert [kernel.nbytes for kernel in kernels.launches(of_loop())] == [40, 5, 36, 8]
-
-
-@pytest.mark.parametrize(
-    "named",
-    ["branch_computations={%few, %many}", "true_computation=%many, false_computation=%few"],
-)
-def test_the_longest_branch_of_a_conditional_counts(named):
-    branches = (
-        "%few (p: f32[4]) -> f32[4] {\n"
-        "  %p = f32[4]{0} parameter(0)\n"
-        "  ROOT %k = f32[4]{0} copy(%p)\n"
-        "}\n"
-        "%many (q: f32[4]) -> f32[4] {\n"
-        "  %q = f32[4]{0} parameter(0)\n"
-        "  %m = f32[4]{0} dot(%q, %q)\n"
-        "  ROOT %n = f32[4]{0} scatter(%m), to_apply=%few\n"
-        "}\n"
+def made(kind="step", model="resnet18", optimizer="adam", *, revision="abc", **changes):
+    own = {name: changes.pop(name) for name in list(changes) if name in Setting._fields}
+    devices, precision, batch_size = compiled_lines._how(kind, model)
+    setting = Setting(
+        *(kind, model, optimizer, "h100", devices, precision, batch_size),
+        versions={"jax": "0.12"},
+        flags="--no",
     )
-    text = entry(
-        "%a = f32[4]{0} parameter(0)",
-        "%i = s32[] parameter(1)",
-        f"ROOT %c = f32[4]{{0}} conditional(%i, %a, %a), {named}",
-        before=branches,
-    )
-    assert [kernel.kind for kernel in kernels.launches(text)] == ["dot", "scatter"]
+    return Compiled(setting._replace(**own), revision, FIGURES._replace(**changes))
 
 
-def test_collectives_count_where_they_begin():
-    text = entry(
-        "%a = f32[4]{0} parameter(0)",
-        "%b = bf16[2]{0} parameter(1)",
-        "%r = (f32[4]{0}, bf16[2]{0}) all-reduce-start(%a, %b), to_apply=%add",
-        "%d = (f32[4]{0}, bf16[2]{0}) all-reduce-done(%r)",
-        "%g = (f32[4]{0}, f32[16]{0}) all-gather-start(%a), dimensions={0}",
-        "%h = f32[16]{0} all-gather-done(%g)",
-        "%s = f32[1]{0} reduce-scatter(%a), dimensions={0}, to_apply=%add",
-        "ROOT %t = (f32[16]{0}) tuple(%h)",
-    )
-    launched = kernels.launches(text)
-    assert launched == [
-        Kernel("all-reduce", 40, False),
-        Kernel("all-gather", 80, False),
-        Kernel("reduce-scatter", 20, False),
+def rows_of(programs):
+    text = compiled_report.table(compiled_report.sections(programs))
+    return text, [line for line in text.splitlines() if line.startswith("| adam")]
+
+
+def test_lines_come_back_as_they_were(tmp_path):
+    programs = [made(), made("training", "vgg16", "adam_srt", temporary_bytes=None)]
+    lines = b"".join(map(compiled_lines.to_line, programs))
+    wrong = [
+        *(made(kernels=101), made(kernels=0, kinds={}), made(parameter_bytes=0)),
+        *(made("sharded", "vgg16"), made(optimizer="lamb"), made(gpu="tpu"), made(devices=0)),
     ]
-    assert all(kernel.kind in kernels.COLLECTIVES for kernel in launched)
-    assert kernels.count([*launched, launched[1]]) == {
-        "all-gather": 2,
-        "all-reduce": 1,
-        "reduce-scatter": 1,
-    }
+    lines += b"".join(map(compiled_lines.to_line, wrong))
+    (tmp_path / "runs.jsonl").write_bytes(b'{"model": "vg\n\n5\n' + lines + lines[:100])
+    broken = [1, 3, *range(6, 6 + len(wrong)), 6 + len(wrong)]
+    assert compiled_lines.load(tmp_path / "runs.jsonl") == (programs, broken)
 
 
-def test_what_is_wrapped_to_run_beside_others_is_found():
-    wrapped = (
-        "%wrapped (p: f32[4]) -> f32[4] {\n"
-        "  %p = f32[4]{0} parameter(0)\n"
-        "  ROOT %s = f32[4]{0} all-to-all(%p), dimensions={0}\n"
-        "}\n"
+def test_the_table_says_what_is_predicted():
+    text, rows = rows_of([made(optimizer="adam_srt", kernels=160, nbytes=40_000_000), made()])
+    assert rows == [
+        "| adam | 100 | 0.0 | 7.0 | 28.0 | 0.016 | 0.208 | 1.00 |",
+        "| adam_srt | 160 | 3.0 | 10.0 | 40.0 | 0.016 | 0.332 | 1.59 |",
+    ]
+    assert sum(compiled_report.predicted(made())) == pytest.approx(28e6 / 3.35232e12 + 200e-6)
+    assert text.startswith("# What steps do on a GPU, from compiled programs: predicted, not meas")
+    assert "## NVIDIA H100 80GB HBM3, 3.35 TB/s\n" in text
+    assert "### resnet18 (4.00 MB of parameters, 20 spherical leaves)\n" in text
+    assert "* versions: jax 0.12\n* XLA_FLAGS: `--no`\n* git revision: abc\n" in text
+    assert "compiled_for_gpu.py --gpus h100 --models resnet18 --optimizers adam,adam_srt`" in text
+
+
+def test_the_table_without_adam_compares_nothing():
+    _, rows = rows_of([made(optimizer="adam_s")])
+    assert rows == ["| adam_s | 100 | – | 7.0 | 28.0 | 0.016 | 0.208 | – |"]
+
+
+def test_the_table_of_shared_parameters_has_the_collectives():
+    shared = made("sharded", kinds={"fusion": 97, "all-reduce": 2, "all-gather": 1})
+    text, rows = rows_of([shared._replace(figures=shared.figures._replace(collective_bytes=3000))])
+    assert rows == [
+        "| adam | 100 | 0.0 | 28.0 | 28.0 | 0.016 | 2 all-reduce, 1 all-gather | 0.003 |"
+    ]
+    assert "### resnet18 shared by 4 GPUs (4.00 MB of parameters, 20 spherical leaves)\n" in text
+
+
+def test_the_table_of_trainings_names_the_batch():
+    text, rows = rows_of([made("training", "resnet20", kinds={"fusion": 40, "custom-call": 60})])
+    assert rows == ["| adam | 100 | 0.0 | 60 | 0.028 | 0.000 | 0.208 | 1.00 |"]
+    assert "### training resnet20, batch 128, float32 (20 spherical leaves)\n" in text
+
+
+def test_what_was_before_is_of_the_last_line_with_other_figures():
+    def of(revision, kernels):
+        kinds = {"fusion": kernels}
+        return made(optimizer="adam_srt", revision=revision, kernels=kernels, kinds=kinds)
+
+    text, rows = rows_of([of("a", 200), of("b", 160), of("c", 160), made(revision="a"), made()])
+    assert rows[0].endswith(" | 1.00 | as now |")
+    assert rows[1].startswith("| adam_srt | 160 |") and rows[1].endswith(" | 200, 7.0 |")
+    assert "* git revision: abc, c\n* git revision of what is before: a\n" in text
+    again = [of("a", 200), of("b", 160), of("c", 200)]
+    assert rows_of(again)[1][0].endswith(" | 160, 7.0 |")
+    other_batch = made("training", "resnet20", batch_size=64, kernels=1, kinds={"copy": 1})
+    assert "before |" not in rows_of([other_batch, made("training", "resnet20")])[0]
+
+
+def test_other_gpus_versions_and_flags_have_sections_of_their_own():
+    others = [made(gpu="a100"), made(versions={"jax": "0.11"}), made(flags="--other")]
+    text, rows = rows_of([made(), *others])
+    assert len(rows) == 4 and len(re.findall("^## ", text, re.M)) == 4
+    assert "## NVIDIA A100-SXM4-80GB, 2.04 TB/s\n" in text and "before |" not in text
+
+
+def test_report_makes_the_table_again(tmp_path, capsys):
+    programs = [made(), made("sharded"), made("training", "vgg16", gpu="a100")]
+    lines = b"".join(map(compiled_lines.to_line, programs))
+    (tmp_path / "runs.jsonl").write_bytes(lines + b"{")
+    assert run(tmp_path, "--report") == 0
+    out, err = capsys.readouterr()
+    assert "warning: line 4 of" in err and "3 there" in out
+    assert (tmp_path / "table.md").read_text().count("###") == 3
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("kinds", [("step", "training"), ("sharded",)])
+def test_pictures_of_all_and_of_nothing(kinds, tmp_path):
+    every = compiled_lines.settings(
+        compiled_lines.MODELS, compiled_lines.OPTIMIZERS, tuple(targets.GPUS), {}, ""
     )
-    text = entry(
-        "%a = f32[4]{0} parameter(0)",
-        "%b = ((f32[4]{0}), f32[4]{0}) async-start(%a), calls=%wrapped",
-        "ROOT %c = f32[4]{0} async-done(%b)",
-        before=wrapped,
-    )
-    assert kernels.launches(text) == [Kernel("all-to-all", 32, False)]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "it has no ENTRY"),
-        ("%f (p: f32[4]) -> f32[4] {\n}\n", "it has no ENTRY"),
-        (entry("ROOT %m = f32[4]{0} copy(%lost)"), "it lacks 'lost'"),
-        (entry("ROOT %m = f32[4]{0} call(), to_apply=%lost"), "it lacks 'lost'"),
-        (entry("ROOT %m = (f32[4]{0}, f32[4"), "an open parenthesis"),
-    ],
-)
-def test_a_text_that_is_no_program(text, words):
-    with pytest.raises(ValueError, match="no (whole )?program of XLA") as raised:
-        kernels.launches(text)
-    assert words in str(raised.value)
+    programs = [Compiled(setting, None, FIGURES) for setting in every if setting.kind in kinds]
+    compiled_report.draw(tmp_path / "a.png", compiled_report.sections(programs))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert min(picture.size) > 300
+        assert np.asarray(picture.convert("L")).min() < 128
