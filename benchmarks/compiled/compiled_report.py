@@ -212,8 +212,8 @@ def _kernels(compiled: Compiled, adam: Compiled | None) -> list[str]:
     figures = compiled.figures
     if adam is None or not figures.spherical_leaves:
         return [str(figures.kernels), "–"]
-    more = figures.kernels - adam.figures.kernels
-    return [str(figures.kernels), f"{more / figures.spherical_leaves:.1f}"]
+    more = round((figures.kernels - adam.figures.kernels) / figures.spherical_leaves, 1)
+    return [str(figures.kernels), f"{more or 0:.1f}"]  # and not -0.0
 
 
 def _times(compiled: Compiled, adam: Compiled | None) -> list[str]:

@@ -146,6 +146,7 @@ def test_help_and_refusals_start_no_jax():
     assert "examples:" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None
     or not all(map(targets._is_there, targets._NEEDED)),
@@ -153,7 +154,7 @@ def test_help_and_refusals_start_no_jax():
 )
 def test_steps_are_compiled_for_a_gpu(tmp_path):
     """What a step of Adam is: one loop over mu, nu and x of each leaf, seven passes."""
-    options = ["--models=resnet20", "--optimizers=adam,adam_srt", f"--output={tmp_path}"]
+    options = ["--models=resnet20", "--optimizers=adam,adam_s", f"--output={tmp_path}"]
     done = subprocess.run(
         [sys.executable, COMMAND, *options, "--gpus=h100"],
         capture_output=True,
@@ -161,12 +162,12 @@ def test_steps_are_compiled_for_a_gpu(tmp_path):
         env=os.environ | {"PYTHONPATH": str(COMMAND.parents[1])},
     )
     assert done.returncode == 0, done.stderr
-    adam, srt, training, _ = (line for line in read(tmp_path))
+    adam, spherical, training = read(tmp_path)
     leaves = 65  # 21 kernels, 21 scales and 21 biases of norms, a linear layer's two
     assert leaves <= adam["kernels"] <= leaves + 3
     assert adam["nbytes"] / adam["parameter_bytes"] == pytest.approx(7, rel=0.01)
     assert adam["spherical_leaves"] == 21 and adam["collective_bytes"] == 0
-    assert srt["kernels"] > adam["kernels"]
+    assert spherical["kernels"] > adam["kernels"]
     assert training["kinds"]["custom-call"] >= 3 * 20  # each convolution and its two gradients
 
 
@@ -214,6 +215,13 @@ def test_the_table_says_what_is_predicted():
     assert "### resnet18 (4.00 MB of parameters, 20 spherical leaves)\n" in text
     assert "* versions: jax 0.12\n* XLA_FLAGS: `--no`\n* git revision: abc\n" in text
     assert "compiled_for_gpu.py --gpus h100 --models resnet18 --optimizers adam,adam_srt`" in text
+
+
+def test_fewer_kernels_than_adam_are_negative_or_zero():
+    few = [made(optimizer="adamw", kernels=98), made(optimizer="adam_s", kernels=100, nbytes=1)]
+    few.append(made(optimizer="adam_g", kernels=99, spherical_leaves=50))
+    more = [row.split(" | ")[2] for row in rows_of([made(), *few])[1]]
+    assert more == ["0.0", "-0.1", "0.0", "0.0"]
 
 
 def test_the_table_without_adam_compares_nothing():
