@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from compiled import compiled_lines, compiled_report
 from images import recipes
 from steps import step_report, step_runs
 from table import paper_figures, table_runs
@@ -47,9 +48,22 @@ def step() -> str:
     return _markdown([*head, "bytes", "state"], rows)
 
 
+def compiled() -> str:
+    """Kernels, and passes over the parameters, of every optimizer's step on an H100."""
+    programs, _ = compiled_lines.load(RESULTS / "compiled_for_gpu" / "runs.jsonl")
+    newest = [s for s in compiled_report.sections(programs) if s.gpu == "h100"][-1]
+    of_models = {model: rows for (kind, model), rows in newest.tables().items() if kind == "step"}
+    rows = []
+    for name in compiled_lines.OPTIMIZERS:
+        found = [of_model[name].last for of_model in of_models.values()]
+        cells = [f"{p.figures.kernels}, {compiled_report.passes(p):.1f}" for p in found]
+        rows.append([f"`{name}`", *cells])
+    return _markdown(["", *of_models], rows)
+
+
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-TABLES = {"paper": paper, "step": step}
+TABLES = {"paper": paper, "step": step, "compiled": compiled}

@@ -62,14 +62,25 @@ def make_tree(model: str) -> Tree:
     def normal(x) -> jax.Array:
         return jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32))
 
+    shapes = make_shapes(model)
+    params = jax.tree.map(normal, shapes) if model == "transformer" else _network_params(model)
+    return Tree(params, jax.tree.map(normal, shapes), spheres(model))
+
+
+def make_shapes(model: str) -> Any:
+    """The shapes of a tree's parameters, and of its gradients; no array is made."""
     if model == "transformer":
-        params = jax.tree.map(normal, transformer_shapes())
-        axes = so.by_path({"kernel": -1, "embedding": 0})
-    else:
-        network = MODELS[model](10, rngs=nnx.Rngs(0))
-        params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
-        axes = so.by_path({"conv": -1})
-    return Tree(params, jax.tree.map(normal, params), axes)
+        return transformer_shapes()
+    return jax.eval_shape(partial(_network_params, model))
+
+
+def spheres(model: str) -> so.ByPath:
+    """Which leaves of a tree are spherical."""
+    return so.by_path({"kernel": -1, "embedding": 0} if model == "transformer" else {"conv": -1})
+
+
+def _network_params(model: str) -> Any:
+    return nnx.to_pure_dict(nnx.state(MODELS[model](10, rngs=nnx.Rngs(0)), nnx.Param))
 
 
 def transformer_shapes() -> dict[str, Any]:
@@ -157,7 +168,11 @@ def make_optimizer(name: str, channel_axes: Any) -> optax.GradientTransformation
 
 
 def compile_step(
-    tx: optax.GradientTransformation, state: Any, params: Any, grads: Any
+    tx: optax.GradientTransformation,
+    state: Any,
+    params: Any,
+    grads: Any,
+    out_shardings: Any = None,
 ) -> jax.stages.Compiled:
     """Compiles (state, params, grads) -> (state, params) with state and params updated in place."""
 
@@ -167,7 +182,8 @@ def compile_step(
         # this order, and XLA would copy all that it finds in another's place.
         return state, optax.apply_updates(params, updates)
 
-    return jax.jit(step, donate_argnums=(0, 1)).lower(state, params, grads).compile()
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
+    return jitted.lower(state, params, grads).compile()
 
 
 def jax_program(name: str, tree: Tree) -> Program:
@@ -261,8 +277,8 @@ def measure(
 
 
 def nbytes(tree: Any) -> int:
-    """The size of the arrays of a tree."""
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
+    """The size of the arrays of a tree, or of those that its shapes are of."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

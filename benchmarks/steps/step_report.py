@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.run_lines import Spread
+from common.words import distinct, number
 from steps.step_runs import COUNTERPARTS, MODELS, OPTAX, OPTIMIZERS, Figures, Measurement
 from training.files import replace_file
 
@@ -86,14 +87,14 @@ def table(parts: Sequence[Section]) -> str:
     for part in parts:
         every = list(part.rows.values())
         copies = [measurement.figures.copy_bandwidth / 1e9 for measurement in every]
-        torch = _distinct(
+        torch = distinct(
             m.setting.versions["torch"] for m in every if "torch" in m.setting.versions
         )
         lines += [
             f"## {part.device}",
             "",
             f"* versions: {part.versions}{torch and f', torch {torch}'}",
-            f"* git revision: {_distinct(m.git_revision or 'unknown' for m in every)}",
+            f"* git revision: {distinct(m.git_revision or 'unknown' for m in every)}",
             f"* copy bandwidth: {_range(copies)} GB/s",
             *(f"* command: `{command}`" for command in _commands(every)),
             "",
@@ -119,12 +120,12 @@ def _table_row(optimizer: str, figures: Figures) -> str:
         _spread(Spread(*(1000 * value for value in seconds))),
         _spread(figures.ratio_to_adam),
         str(figures.timings),
-        _number(figures.bytes_accessed, 1e-6),
-        _number(figures.bytes_ratio),
-        _number(figures.state_bytes, 1e-6),
-        _number(figures.state_ratio),
-        _number(figures.temporary_bytes, 1e-6),
-        _number(figures.compile_seconds),
+        number(figures.bytes_accessed, 1e-6),
+        number(figures.bytes_ratio),
+        number(figures.state_bytes, 1e-6),
+        number(figures.state_ratio),
+        number(figures.temporary_bytes, 1e-6),
+        number(figures.compile_seconds),
         "–" if figures.bandwidth_share is None else f"{100 * figures.bandwidth_share:.0f} %",
     )
     return f"| {' | '.join(cells)} |"
@@ -161,29 +162,16 @@ def _commands(measurements: Sequence[Measurement]) -> list[str]:
 
 def _title(model: str, rows: dict[str, Measurement]) -> str:
     nbytes = next(iter(rows.values())).figures.parameter_bytes
-    return f"{model} ({_number(nbytes, 1e-6)} MB of parameters)"
-
-
-def _number(value: float | None, scale: float = 1.0) -> str:
-    """Three digits, but all before the point and no more behind it; a dash for None."""
-    if value is None:
-        return "–"
-    value *= scale
-    digits = 2 - math.floor(math.log10(value)) if value else 0
-    return f"{value:.{max(0, min(digits, 3))}f}"
+    return f"{model} ({number(nbytes, 1e-6)} MB of parameters)"
 
 
 def _spread(spread: Spread) -> str:
-    return f"{_number(spread.median)} ({_number(spread.q1)}–{_number(spread.q3)})"
+    return f"{number(spread.median)} ({number(spread.q1)}–{number(spread.q3)})"
 
 
 def _range(values: Sequence[float]) -> str:
-    first, last = _number(min(values)), _number(max(values))
+    first, last = number(min(values)), number(max(values))
     return first if first == last else f"{first} to {last}"
-
-
-def _distinct(values: Iterable[str | None]) -> str:
-    return ", ".join(sorted({str(value) for value in values}))
 
 
 # Told apart without colour too, by the hatching.
@@ -246,7 +234,7 @@ def _draw_model(axes: Axes, figures: dict[str, Figures]) -> None:
         q1, median, q3 = of_it.ratio_to_adam
         axes.barh(y, median - 1, left=1, height=0.7, **_STYLES[kind])
         axes.plot([q1, q3], [y, y], color="black", linewidth=1.5, marker="|")
-        beside.append(f"{_number(median)}   ({_number(of_it.seconds.median, 1000)} ms)")
+        beside.append(f"{number(median)}   ({number(of_it.seconds.median, 1000)} ms)")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("time / time of optax.adam")
     axes.set_yticks(range(len(figures)), list(figures))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
 import spherical_optax as so
@@ -64,10 +65,18 @@ class _Job(NamedTuple):
     task: Task
 
 
-def _prepare(cell: Cell, optimizer: str, images: data.DataSet, epochs: int) -> _Job:
-    """Compiles a training by the published recipe, with the seeds from 0 on."""
-    total = len(images.train.labels)
-    count = len(data.validation_split(total, 0)[0])
+def make_optimizer(
+    cell: Cell, optimizer: str, images: data.DataSet, epochs: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """An optimizer by the published recipe, and its learning rate.
+
+    Args:
+      cell: the setting.
+      optimizer: of `recipes.OPTIMIZERS`, plain or with `WATCHED` after it.
+      images: the data set.
+      epochs: of the training, which decide when the learning rate falls.
+    """
+    count = len(data.validation_split(len(images.train.labels), 0)[0])
     name = optimizer.removesuffix(WATCHED)
     recipe, _ = recipes.recipe(images.name, cell.model, name)
     milestones = recipes.milestones(epochs, programs.steps_per_epoch(count, cell.batch_size))
@@ -75,6 +84,13 @@ def _prepare(cell: Cell, optimizer: str, images: data.DataSet, epochs: int) -> _
     tx = recipes.make_optimizer(name, recipe, schedule)
     if name != optimizer:
         tx = so.with_geometry(tx, channel_axes=recipes.spheres())
+    return tx, schedule
+
+
+def _prepare(cell: Cell, optimizer: str, images: data.DataSet, epochs: int) -> _Job:
+    """Compiles a training by the published recipe, with the seeds from 0 on."""
+    tx, schedule = make_optimizer(cell, optimizer, images, epochs)
+    total = len(images.train.labels)
 
     def make_model(seed: int) -> nnx.Module:
         make = models.MODELS[cell.model]

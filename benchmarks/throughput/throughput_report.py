@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import run_lines
 from common.run_lines import Spread
+from common.words import distinct
 from images import recipes
 from training.files import replace_file
 
@@ -106,7 +107,7 @@ def table(lines: Sequence[Line]) -> str:
             f"## {device}",
             "",
             f"* versions: {versions}",
-            f"* git revision: {_distinct(line['git_revision'] or 'unknown' for line in section)}",
+            f"* git revision: {distinct(line['git_revision'] or 'unknown' for line in section)}",
             *(f"* PyTorch: {settings}" for settings in _torch_settings(section)),
             "",
         ]
@@ -212,10 +213,6 @@ _ROWS = {
 def _spread(spread: Mapping[str, float], factor: float, form: str) -> str:
     q1, median, q3 = (format(factor * spread[name], form) for name in ("q1", "median", "q3"))
     return f"{median} ({q1}–{q3})"
-
-
-def _distinct(values: Iterable[str]) -> str:
-    return ", ".join(sorted(set(values)))
 
 
 def _torch_settings(lines: Sequence[Line]) -> list[str]:

@@ -13,6 +13,7 @@ inside a scan some twenty times slower, a Python loop calls the compiled step.
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -174,6 +175,25 @@ def make_step(
     return step
 
 
+def over_seeds(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step of one seed as that of several, whose state, order and key have a leading axis."""
+    return jax.vmap(step, (0, None, 0, 0, None))
+
+
+def over_steps(step: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """The first `count` steps of an epoch in one call; its `index` is 0."""
+
+    def scan(state, split, order, key, index):
+        del index
+
+        def body(state, i):
+            return step(state, split, order, key, i)
+
+        return jax.lax.scan(body, state, jnp.arange(count))
+
+    return scan
+
+
 def compile_trainer(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
@@ -215,28 +235,15 @@ def compile_trainer(
         return jax.vmap(epoch_order, (0, None, 0))(seeds.key, epoch, seeds.train)
 
     step = make_step(graphdef, tx, data, batch_size, mesh)
-    map_step = jax.vmap(step, (0, None, 0, 0, None))
-
-    def scan(state, split, order, key, index):
-        del index  # 0
-
-        def body(state, i):
-            return map_step(state, split, order, key, i)
-
-        return jax.lax.scan(body, state, jnp.arange(full))
-
-    def last(state, split, order, key, index):
-        def step_of_rest(*args):
-            return step(*args, size=rest)
-
-        return jax.vmap(step_of_rest, (0, None, 0, 0, None))(state, split, order, key, index)
-
+    map_step, last = over_seeds(step), over_seeds(partial(step, size=rest))
     shuffle = compiled(shuffled, seeds, 0)
     args = (state, train_split, *shuffle(seeds, 0), 0)
     # Not compiled before it is called: a scan is cut only by a run that began with the loop.
     run_one = jax.jit(map_step, donate_argnums=0, out_shardings=whole)
     run_full = (
-        compiled(scan, *args, donate=0) if driver == "scan" else run_one.lower(*args).compile()
+        compiled(over_steps(map_step, full), *args, donate=0)
+        if driver == "scan"
+        else run_one.lower(*args).compile()
     )
     run_last = compiled(last, *args, donate=0) if rest else run_full
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from architectures import atlas_report
+from compiled import compiled_report
 from steps import step_report
 from sweep import lm_report
 from table import table_report
@@ -32,6 +33,7 @@ REPORTS = {
     "atlas": (atlas_report, "draw", "atlas/atlas.jsonl"),
     "optimizer_step": (step_report, "draw", "optimizer_step_cpu/runs.jsonl"),
     "training_throughput": (throughput_report, "draw", "training_throughput_cpu/runs.jsonl"),
+    "compiled_for_gpu": (compiled_report, "draw", "compiled_for_gpu/runs.jsonl"),
 }
 VALUES = [None, "", -1, 0, float("nan"), 10**400, [1], {}]
 

@@ -195,6 +195,16 @@ TRAINING_THROUGHPUT = {
     "--output file": "cannot create file: ",
     "--report": "there are no measurements in ",
 }
+COMPILED_FOR_GPU = {
+    "--models=resnet50": "unknown 'resnet50' (choose from resnet20, resnet18, vgg16",
+    "--optimizers=adam+geometri": "; did you mean adam+geometry?",
+    "--optimizers=adamsrt": "; did you mean adam_srt?",
+    "--gpus=h200": "unknown 'h200' (choose from h100, a100); did you mean h100?",
+    "--gpus=a100,a100": "a100 is named twice",
+    "--gpu=a100": "unrecognized arguments: --gpu=a100; did you mean --gpus?",
+    "--output=": "argument --output: the path is empty",
+    "--report": "there are no programs in runs/compiled_for_gpu/runs.jsonl",
+}
 COMMANDS = {
     "train_cifar": TRAIN_CIFAR,
     "train_lm": TRAIN_LM,
@@ -205,6 +215,7 @@ COMMANDS = {
     "atlas": ATLAS,
     "optimizer_step": OPTIMIZER_STEP,
     "training_throughput": TRAINING_THROUGHPUT,
+    "compiled_for_gpu": COMPILED_FOR_GPU,
 }
 ROWS = {
     f"{command} {arguments}": words

@@ -209,6 +209,7 @@ OUTPUTS = [
     State(
         {"run/runs.jsonl/": ""}, "training_throughput --report --output run", "cannot read run/r"
     ),
+    State({"run/runs.jsonl/": ""}, "compiled_for_gpu --report --output run", "cannot read run/r"),
 ]
 DATA = [
     State({"images/": ""}, FOLDER, "images has no images in train/CLASS/"),

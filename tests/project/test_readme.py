@@ -109,12 +109,29 @@ def test_the_images_per_second_are_those_of_the_raw_results():
 
 def test_the_committed_speed_tables_are_made_from_the_committed_runs(tmp_path):
     programs = {f"{name}_cpu": name for name in SPEED} | {"geometry_cpu": "training_throughput"}
+    programs["compiled_for_gpu"] = "compiled_for_gpu"
     for name, program in programs.items():
         directory, copy = RESULTS / name, tmp_path / name
         copy.mkdir()
         (copy / "runs.jsonl").write_bytes((directory / "runs.jsonl").read_bytes())
         assert importlib.import_module(program).main(["--report", "--output", str(copy)]) == 0
         assert (copy / "table.md").read_bytes() == (directory / "table.md").read_bytes()
+
+
+def test_the_kernels_are_those_of_the_compiled_programs():
+    lines = (RESULTS / "compiled_for_gpu" / "runs.jsonl").read_text().splitlines()
+    last = {}
+    for line in map(json.loads, lines):
+        if (line["kind"], line["gpu"]) == ("step", "h100"):
+            passes = f"{line['nbytes'] / line['parameter_bytes']:.1f}"
+            last[line["model"], line["optimizer"]] = f"{line['kernels']}, {passes}"
+    (_, *models), _, *rows = rows_of(tables.compiled())
+    said = {
+        (model, label.strip("`")): cell
+        for label, *cells in rows
+        for model, cell in zip(models, cells, strict=True)
+    }
+    assert said == last and len(said) == 56
 
 
 def test_the_cost_of_measuring_is_that_of_the_raw_results():

@@ -1,0 +1,1 @@
+"""What `compiled_for_gpu.py` compiles and counts, and its report."""
