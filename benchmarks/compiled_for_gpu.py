@@ -36,10 +36,13 @@ from common.benchmark_command import (
     warn_of,
 )
 from compiled import compiled_lines, compiled_report, targets
+from compiled.beside import beside
 from compiled.compiled_lines import MODELS, OPTIMIZERS, Compiled, Figures, Setting
 from compiled.targets import GPUS
-from training.command import a_path, make_parser, one_of, several
+from steps import step_runs
+from training.command import Refused, a_path, make_parser, one_of, several
 from training.ending import leave
+from training.files import replace_file
 from training.signals import StopSignals
 
 EXAMPLES = """\
@@ -47,6 +50,8 @@ examples:
   python benchmarks/compiled_for_gpu.py --models resnet20,resnet18
   python benchmarks/compiled_for_gpu.py --optimizers adam,adam_srt --gpus h100
   python benchmarks/compiled_for_gpu.py --report --output runs/compiled_for_gpu
+  python benchmarks/compiled_for_gpu.py --output benchmarks/results/compiled_for_gpu \\
+    --beside runs/optimizer_step
 """
 NAME = "compiled_for_gpu.py"
 
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0 (all is compiled), 1 (something failed), 2 (refused), 130 (Ctrl-C) or 143 (SIGTERM).
     """
     args = _parser().parse_args(argv)
-    command = partial(_report if args.report else _run, args)
+    command = partial(_beside if args.beside else _report if args.report else _run, args)
     return outcome(NAME, args.output, command)
 
 
@@ -135,6 +140,23 @@ def _report(args: argparse.Namespace, signals: StopSignals) -> int:
     return 0
 
 
+def _beside(args: argparse.Namespace, signals: StopSignals) -> int:
+    measured: Path = args.beside
+    programs = _load(args.output, warn=True)
+    measurements, broken = step_runs.load(measured / RUNS)
+    warn_of(broken, NAME, measured, "measurement")
+    for found, what, where in (
+        (programs, "program", args.output),
+        (measurements, "measurement", measured),
+    ):
+        if not found:
+            raise Refused(f"there are no {what}s in {where / RUNS}")
+    text = beside(programs, measurements)
+    replace_file(measured / "predicted.md", lambda path: path.write_text(text, encoding="utf-8"))
+    print(f"the predictions beside the measurements are in {measured / 'predicted.md'}")
+    return 0
+
+
 def _write(output: Path, programs: list[Compiled]) -> str:
     return report(output, programs, "program", compiled_report.write_report)
 
@@ -162,6 +184,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"compile nothing: make table.md and table.png again from {RUNS} of --output, "
         "whatever the other options say",
+    )
+    add(
+        "--beside",
+        type=a_path,
+        metavar="DIR",
+        help="compile nothing: write the times predicted from --output beside those that "
+        f"optimizer_step.py measured, whose {RUNS} is in DIR, to predicted.md there",
     )
     return parser
 

@@ -99,8 +99,8 @@ if [ -n "$images" ]; then
 else
   echo "table: left out, as no images were given" | tee -a "$output/stages.txt"
 fi
-stage predictions 30 "$python" benchmarks/compiled_for_gpu.py --report \
-  --measured "$output/optimizer_step" --output "$output/predictions"
+stage predictions 30 "$python" benchmarks/compiled_for_gpu.py \
+  --output benchmarks/results/compiled_for_gpu --beside "$output/optimizer_step"
 
 printf '\n== how the stages ended\n'
 cat "$output/stages.txt"

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,25 @@ def test_the_command_compiles_and_goes_on_from_what_is_there(faked, tmp_path, ca
     monkeypatch.setattr("training.environment.find_git_revision", lambda: "def")
     assert run(tmp_path, *options) == 0
     assert [line["git_revision"] for line in read(tmp_path)] == ["abc"] * 5 + ["def"] * 5
+
+
+def test_predictions_stand_beside_measurements(faked, tmp_path, capsys):
+    assert run(tmp_path, "--models=resnet18", "--optimizers=adam,adam_g", "--gpus=h100") == 0
+    measured = tmp_path / "measured"
+    assert run(tmp_path, "--beside", str(measured)) == 2
+    assert "there are no measurements in " in capsys.readouterr().err
+    shutil.copytree(COMMAND.parent / "results" / "optimizer_step_cpu", measured)
+    assert run(tmp_path / "none", "--beside", str(measured)) == 2
+    assert "there are no programs in " in capsys.readouterr().err
+
+    assert run(tmp_path, "--beside", str(measured)) == 0
+    text = (measured / "predicted.md").read_text()
+    of_model = text.partition("### resnet18")[2].partition("###")[0]
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in of_model.splitlines()[4:-1]}
+    bytes_and_launches = 28e6 / targets.GPUS["h100"].bandwidth + 100 * 2e-6
+    assert rows["adam_g"][-2:] == [f"{1e3 * bytes_and_launches:.3f}", "1.00 |"]
+    assert rows["sgd"][-2:] == ["–", "– |"]
+    assert float(rows["adam_g"][0]) > float(rows["adam"][0])  # as measured, in ms
 
 
 def test_a_failure_is_told_and_the_others_are_compiled(faked, tmp_path, capsys, monkeypatch):
