@@ -23,7 +23,6 @@ from spherical_optax._ground.groups import (
     inner,
     nonzero,
     norm,
-    once_per_group,
     squared_norm,
     zero_where,
 )
@@ -54,29 +53,38 @@ def check_transport(transport: str) -> None:
 def transport_pairs(
     x: jax.Array, momentum: jax.Array, transport: Transport
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """The pairs whose inner products `transport_momentum` needs."""
+    """The pairs whose inner products `transport_numbers` takes."""
     pairs = [(momentum, x), (momentum, momentum)]
     return pairs[: ("none", "rescale", "isometric").index(transport)]
 
 
+def transport_numbers(sq_norm: jax.Array, products: Sequence[jax.Array]) -> list[jax.Array]:
+    """What each group needs for `transport_momentum`: none, its share along x, and its stretch.
+
+    `sq_norm` is |x|², infinite where x is zero; `products` are those of `transport_pairs`, and tell
+    the transports apart.
+    """
+    if not products:
+        return []
+    along, *before = products
+    share = along / sq_norm
+    return [share, *(isometric_stretch(square, square - share * along) for square in before)]
+
+
 def transport_momentum(
-    x: jax.Array, momentum: jax.Array, sq_norm: jax.Array, products: Sequence[jax.Array]
+    x: jax.Array, momentum: jax.Array, numbers: Sequence[jax.Array]
 ) -> jax.Array:
     """Brings a momentum that was built before the last step to the point `x` that it led to.
 
     The step was collinear with the momentum, so `P_x` is the published rescaling and transport
     ("rescale"), and `P_x` at unchanged length is the parallel transport of a tangent momentum
-    ("isometric"); neither needs the previous point. `sq_norm` is |x|², infinite where x is zero;
-    `products` are those of `transport_pairs`, which tell the transports apart.
+    ("isometric"); neither needs the previous point.
     """
-    if not products:
+    if not numbers:
         return momentum
-    along, *before = products
-    share = once_per_group(along / sq_norm)
+    share, *stretch = numbers
     projected = momentum - share * x
-    if not before:
-        return projected
-    return projected * isometric_stretch(before[0], before[0] - share * along)
+    return projected * stretch[0] if stretch else projected
 
 
 def isometric_stretch(before: jax.Array, after: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from spherical_optax._ground.geometry import (
     check_transport,
     isometric_stretch,
     transport_momentum,
+    transport_numbers,
     transport_pairs,
 )
 from spherical_optax._ground.groups import inners, nonzero, squared_norm
@@ -86,7 +87,7 @@ def scale_by_adam_g(
                 axes, (x, x), (g, g), *transport_pairs(x, mu, transport)
             )
             radius = radius_or_1(sq_norm)
-            mu = transport_momentum(x, mu, nonzero(sq_norm), products)
+            mu = transport_momentum(x, mu, transport_numbers(nonzero(sq_norm), products))
             mu = average(radius * g, mu, b1)
             nu = average(radius**2 * square, nu, b2)
             return mu * (radius * step_per_momentum(nu, *corrections, eps)), mu, nu

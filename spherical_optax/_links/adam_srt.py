@@ -13,9 +13,10 @@ from spherical_optax._ground.geometry import (
     Transport,
     check_transport,
     transport_momentum,
+    transport_numbers,
     transport_pairs,
 )
-from spherical_optax._ground.groups import group_size, nonzero
+from spherical_optax._ground.groups import group_size, nonzero, once_per_group
 from spherical_optax._ground.hyperparams import check_weight_decay
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes
@@ -123,7 +124,8 @@ def _scale_by_adam_srt(
                 return adam_step(mu, nu, correction1, correction2, eps_d, axes), mu, nu
             sq_norm, *products = products
             divisor = nonzero(sq_norm)
-            mu = average(g, transport_momentum(x, mu, divisor, products), b1)
+            numbers = map(once_per_group, transport_numbers(divisor, products))
+            mu = average(g, transport_momentum(x, mu, list(numbers)), b1)
             if transport == "rescale":
                 # nu is of |x| g, which stays as it is from one radius to the next. A group of zeros
                 # has none: its gradient counts for this step alone, as if all had been like it. So

@@ -98,7 +98,8 @@ def project_where_invariant(
                 # The sums of a layer are those of its groups together.
                 of_groups = inners(axes, (g, x), (u, x), (g, g), (x, x))
                 layer = _layer(axes, x.shape)
-                of_layers = [jnp.sum(total, layer, keepdims=True) for total in of_groups]
+                each = tuple(axis + 1 for axis in layer)
+                of_layers = list(jnp.sum(jnp.stack(of_groups), each, keepdims=True))
                 by_group, groups_pass = _projection(of_groups, group_size(x.shape, axes), layer)
                 by_layer, layer_passes = _projection(of_layers, group_size(x.shape, layer), layer)
                 share = jnp.where(groups_pass, by_group, jnp.where(layer_passes, by_layer, 0))

@@ -10,6 +10,7 @@ from spherical_optax._ground.geometry import (
     Transport,
     check_transport,
     transport_momentum,
+    transport_numbers,
     transport_pairs,
 )
 from spherical_optax._ground.groups import inners, nonzero
@@ -70,7 +71,7 @@ def trace_rt(
         def leaf(axes, g, trace, x):
             if axes and transport != "none":
                 square, *products = inners(axes, (x, x), *transport_pairs(x, trace, transport))
-                trace = transport_momentum(x, trace, nonzero(square), products)
+                trace = transport_momentum(x, trace, transport_numbers(nonzero(square), products))
             trace = jnp.asarray(1 - dampening, g.dtype) * g + jnp.asarray(decay, g.dtype) * trace
             return trace, trace
 

@@ -159,7 +159,7 @@ def with_geometry(
             axes = [found[i].groups.axes for i in places]
             sums = [_sums(*of_leaf) for of_leaf in zip(axes, views, strict=True)]
             sums = jax.lax.platform_dependent(
-                sums, cuda=lambda s: s, default=jax.lax.optimization_barrier
+                sums, cuda=_stacks_barrier, default=jax.lax.optimization_barrier
             )
             measured = dict(state.leaves)
             for j, i in enumerate(places):
@@ -243,18 +243,21 @@ def _views(groups: Layout, x: jax.Array, *vectors: jax.Array) -> list[jax.Array]
     return [point, *(groups.view(widen(v)).astype(point.dtype) for v in vectors)]
 
 
-def _sums(axes: tuple[int, ...], views: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Squared norms of a leaf's arrays, and their products with the first."""
+def _sums(axes: tuple[int, ...], views: list[jax.Array]) -> list[jax.Array]:
+    """Squared norms of a leaf's arrays, then their products with the first."""
     x, *vectors = views
-    pairs = [(v, v) for v in views] + [(x, v) for v in vectors]
-    sums = inners(axes, *pairs)
-    return sums[: len(views)], sums[len(views) :]
+    return inners(axes, *((v, v) for v in views), *((x, v) for v in vectors))
+
+
+def _stacks_barrier(sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    """A barrier around the leaves' sums that leaves those of each leaf in one array."""
+    return [list(stack) for stack in jax.lax.optimization_barrier(list(map(jnp.stack, sums)))]
 
 
 def _figures(
     axes: tuple[int, ...],
     views: list[jax.Array],
-    sums: tuple[list[jax.Array], list[jax.Array]],
+    sums: list[jax.Array],
 ) -> list[jax.Array]:
     """The measures, one number per group each, and |s|².
 
@@ -262,7 +265,7 @@ def _figures(
     length. Their lengths by `sums` are close to it, and a second round of sums corrects them: two
     rounds, for all leaves at once, where they are sharded.
     """
-    (x, g, s, *_), ((xx, gg, ss, *mm), (xg, xs, *xm)) = views, sums
+    (x, g, s, *_), (xx, gg, ss, *mm), (xg, xs, *xm) = views, sums[: len(views)], sums[len(views) :]
     divisor, radius = nonzero(xx), jnp.sqrt(xx)
     ahead = 1 + xs / divisor
     # P_x(s) = s_length u and -P_x(g) = g_length w, with u and w of nearly length 1.
