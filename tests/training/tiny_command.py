@@ -3,6 +3,11 @@
 HEARTBEAT takes the place of the 100 seconds after which JAX gives another process up.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # first of all, as the command does
+
 import os
 import sys
 from functools import partial
