@@ -55,14 +55,14 @@ def transport_pairs(
 ) -> list[tuple[jax.Array, jax.Array]]:
     """The pairs whose inner products `transport_numbers` takes."""
     pairs = [(momentum, x), (momentum, momentum)]
-    return pairs[: ("none", "rescale", "isometric").index(transport)]
+    return pairs[: {"none": 0, "rescale": 1, "isometric": 2}[transport]]
 
 
 def transport_numbers(sq_norm: jax.Array, products: Sequence[jax.Array]) -> list[jax.Array]:
-    """What each group needs for `transport_momentum`: none, its share along x, and its stretch.
+    """What `transport_momentum` needs of each group.
 
-    `sq_norm` is |x|², infinite where x is zero; `products` are those of `transport_pairs`, and tell
-    the transports apart.
+    For "none" nothing, for "rescale" the momentum's share along x, and for "isometric" the stretch
+    too. `sq_norm` is |x|², infinite where x is zero; `products` are those of `transport_pairs`.
     """
     if not products:
         return []

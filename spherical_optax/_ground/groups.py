@@ -220,43 +220,39 @@ def _divides(sharding: NamedSharding, names: Any, n: int) -> bool:
     return n % math.prod(sharding.mesh.shape[name] for name in names) == 0
 
 
-def product(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """`inner` whose sum is not kept from what follows it."""
-    return jnp.sum(x * y, axis=axes, keepdims=True) if axes else x * y
-
-
 def inner(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Inner product over reduction axes, which stay with size 1; `x` and `y` are widened."""
-    total = product(x, y, axes)
     if not axes:
-        return total
+        return x * y
+    total = jnp.sum(x * y, axis=axes, keepdims=True)
     # Changes nothing. But XLA on a CPU draws into a sum's kernel what follows it, broadcasts to all
     # elements too, and then takes up to seven times as long; not so across a select.
     return jax.lax.select(jnp.isnan(total), jnp.full_like(total, jnp.nan), total)
 
 
 def inners(axes: tuple[int, ...], *pairs: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
-    """`inner` of several pairs of arrays of one shape; on a GPU in one kernel.
+    """`inner` of several pairs of arrays of one shape; for CUDA all at once.
 
     There must be reduction axes.
     """
-    return list(
-        jax.lax.platform_dependent(
-            *pairs, cuda=partial(_inners_at_once, axes), default=partial(_inners_in_turn, axes)
-        )
-    )
+    in_turn = partial(_inners_in_turn, axes)
+    if not alike([array for pair in pairs for array in pair]):
+        return in_turn(*pairs)
+    at_once = partial(_inners_at_once, axes)
+    return jax.lax.platform_dependent(*pairs, cuda=at_once, default=in_turn)
 
 
-def _inners_in_turn(
-    axes: tuple[int, ...], *pairs: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, ...]:
-    return tuple(inner(x, y, axes) for x, y in pairs)
+def alike(arrays: Sequence[jax.Array]) -> bool:
+    """Whether arrays may be stacked: of one shape, dtype and, where types tell it, sharding."""
+    return len({jax.typeof(array) for array in arrays}) == 1
 
 
-def _inners_at_once(
-    axes: tuple[int, ...], *pairs: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, ...]:
-    # XLA for GPUs takes several sums in several kernels, each of which reads its arrays anew. One
+def _inners_in_turn(axes: tuple[int, ...], *pairs: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
+    return [inner(x, y, axes) for x, y in pairs]
+
+
+def _inners_at_once(axes: tuple[int, ...], *pairs: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
+    # XLA for CUDA takes several sums in several kernels, each of which reads its arrays anew. One
     # sum of stacked products it takes in one, which reads them once, if its results are many enough
     # to occupy the device: so sums of columns go over one axis first. On a CPU it would write the
     # stack to memory.
@@ -266,11 +262,26 @@ def _inners_at_once(
         products = jnp.sum(products, axis=axes[-1], keepdims=True)
         products = jax.lax.optimization_barrier(products)
         axes = axes[:-1]
-    return tuple(jnp.sum(products, axis=axes, keepdims=True))
+    return list(jnp.sum(products, axis=axes, keepdims=True))
+
+
+def sums(axes: tuple[int, ...], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Sums of several arrays of one shape, with the summed axes kept; for CUDA all at once."""
+
+    def in_turn(*arrays: jax.Array) -> list[jax.Array]:
+        return [jnp.sum(array, axes, keepdims=True) for array in arrays]
+
+    def at_once(*arrays: jax.Array) -> list[jax.Array]:
+        of_stack = tuple(axis + 1 for axis in axes)
+        return list(jnp.sum(jnp.stack(arrays), of_stack, keepdims=True))
+
+    if not alike(arrays):
+        return in_turn(*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=at_once, default=in_turn)
 
 
 def once_per_group(numbers: jax.Array) -> jax.Array:
-    """The same numbers; a GPU's kernels read them, and do not make them anew for each element."""
+    """The same numbers; kernels of CUDA read them, and do not make them anew for each element."""
     return jax.lax.platform_dependent(
         numbers, cuda=jax.lax.optimization_barrier, default=lambda numbers: numbers
     )

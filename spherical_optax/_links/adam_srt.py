@@ -111,7 +111,7 @@ def _scale_by_adam_srt(
         correction1, correction2 = bias_correction(b1, count), bias_correction(b2, count)
 
         def leaf(axes, g, mu, nu, x, decays=True):
-            follows = axes and transport != "none"
+            follows = bool(axes) and transport != "none"
             pairs = [(x, x), *transport_pairs(x, mu, transport)] if follows else []
             g, nu, (square, *products) = decay_gradient(
                 g, x, decay if decays else None, nu, axes, *pairs
@@ -124,8 +124,9 @@ def _scale_by_adam_srt(
                 return adam_step(mu, nu, correction1, correction2, eps_d, axes), mu, nu
             sq_norm, *products = products
             divisor = nonzero(sq_norm)
-            numbers = map(once_per_group, transport_numbers(divisor, products))
-            mu = average(g, transport_momentum(x, mu, list(numbers)), b1)
+            # In the kernel that makes nu, which reads the sums anyway.
+            numbers = [once_per_group(n) for n in transport_numbers(divisor, products)]
+            mu = average(g, transport_momentum(x, mu, numbers), b1)
             if transport == "rescale":
                 # nu is of |x| g, which stays as it is from one radius to the next. A group of zeros
                 # has none: its gradient counts for this step alone, as if all had been like it. So

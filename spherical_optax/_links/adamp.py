@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._ground.groups import group_size, inners
+from spherical_optax._ground.groups import group_size, inners, sums
 from spherical_optax._ground.hyperparams import (
     check_decays,
     check_not_negative,
@@ -98,8 +98,7 @@ def project_where_invariant(
                 # The sums of a layer are those of its groups together.
                 of_groups = inners(axes, (g, x), (u, x), (g, g), (x, x))
                 layer = _layer(axes, x.shape)
-                each = tuple(axis + 1 for axis in layer)
-                of_layers = list(jnp.sum(jnp.stack(of_groups), each, keepdims=True))
+                of_layers = sums(layer, of_groups)
                 by_group, groups_pass = _projection(of_groups, group_size(x.shape, axes), layer)
                 by_layer, layer_passes = _projection(of_layers, group_size(x.shape, layer), layer)
                 share = jnp.where(groups_pass, by_group, jnp.where(layer_passes, by_layer, 0))
@@ -110,10 +109,10 @@ def project_where_invariant(
         return optax.tree.cast_like(steps, updates), state  # a direction may be wider
 
     def _projection(
-        sums: list[jax.Array], size: int, layer: tuple[int, ...]
+        products: list[jax.Array], size: int, layer: tuple[int, ...]
     ) -> tuple[jax.Array, jax.Array]:
         """What x is multiplied by to be taken from u, and whether each layer passes the test."""
-        gx, ux, gg, xx = sums
+        gx, ux, gg, xx = products
         floor = jnp.asarray(eps, xx.dtype)
         x_norm = jnp.sqrt(xx)
         cosine = jnp.abs(gx) / jnp.maximum(jnp.sqrt(gg) * x_norm, floor)

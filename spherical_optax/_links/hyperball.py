@@ -218,10 +218,10 @@ def on_hyperballs(
                 if not isinstance(classic_weight_decay, float) or classic_weight_decay:
                     u = u + jnp.asarray(classic_weight_decay, u.dtype) * x
                 return -jnp.asarray(classic_eta, u.dtype) * u, r
-            xx, *products = inners(axes, (x, x), (x, u), (u, u))
+            products = inners(axes, (x, x), (x, u), (u, u))
             # A group that was zero at init has the first norm that it came to.
-            r = jax.lax.select(r == 0, jnp.sqrt(xx), r)
-            return step(jnp.asarray(eta, u.dtype), u, x, (xx, *products), r, axes), r
+            r = jax.lax.select(r == 0, jnp.sqrt(products[0]), r)
+            return step(jnp.asarray(eta, u.dtype), u, x, products, r, axes), r
 
         steps, radii = map_leaves(leaf, channel_axes, directions, state.radius, params=params)
         # A direction may be wider, such as that of Optax's Adam with a wider mu_dtype.

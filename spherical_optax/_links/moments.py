@@ -52,12 +52,11 @@ def decay_gradient(
 
     The first of these is the gradient's squared norm; the others, of spheres, those of `pairs`.
     """
-    if decay is None or x is None:
-        return g, nu, [squared_norm(g, ())] if not axes else inners(axes, (g, g), *pairs)
-    rate = jnp.asarray(decay, g.dtype)
     if not axes:
-        g = g + rate * x
+        g = g if decay is None or x is None else g + jnp.asarray(decay, g.dtype) * x
         return g, nu, [squared_norm(g, ())]
+    if decay is None or x is None:
+        return g, nu, inners(axes, (g, g), *pairs)
 
     def at_once(g, x, rate, nu, *pairs):
         g = g + rate * x
@@ -74,6 +73,7 @@ def decay_gradient(
         rate, square = jax.lax.optimization_barrier((rate, square))
         return g + rate * x, nu, [square, *products]
 
+    rate = jnp.asarray(decay, g.dtype)
     return jax.lax.platform_dependent(g, x, rate, nu, *pairs, cpu=in_turn, default=at_once)
 
 

@@ -12,6 +12,7 @@ import optax
 
 from spherical_optax._ground.groups import (
     Layout,
+    alike,
     inners,
     nonzero,
     wide_dtype,
@@ -150,8 +151,7 @@ def with_geometry(
                 momentum = [momenta[path]] if has_momentum else []
                 arrays.append([points[i], value, moves[i][1], *momentum])
             # Without this barrier XLA would draw the optimizer's arithmetic into the sums; without
-            # the next, sharded leaves would take their second sums one after another. On a GPU it
-            # would write each sum to an array of its own.
+            # the next, sharded leaves would take their second sums one after another.
             arrays = jax.lax.optimization_barrier(arrays)
             views = [
                 _views(found[i].groups, *of_leaf) for i, of_leaf in zip(places, arrays, strict=True)
@@ -159,7 +159,7 @@ def with_geometry(
             axes = [found[i].groups.axes for i in places]
             sums = [_sums(*of_leaf) for of_leaf in zip(axes, views, strict=True)]
             sums = jax.lax.platform_dependent(
-                sums, cuda=_stacks_barrier, default=jax.lax.optimization_barrier
+                sums, cuda=_barrier_around_stacks, default=jax.lax.optimization_barrier
             )
             measured = dict(state.leaves)
             for j, i in enumerate(places):
@@ -249,9 +249,10 @@ def _sums(axes: tuple[int, ...], views: list[jax.Array]) -> list[jax.Array]:
     return inners(axes, *((v, v) for v in views), *((x, v) for v in vectors))
 
 
-def _stacks_barrier(sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
-    """A barrier around the leaves' sums that leaves those of each leaf in one array."""
-    return [list(stack) for stack in jax.lax.optimization_barrier(list(map(jnp.stack, sums)))]
+def _barrier_around_stacks(sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    """A barrier around all sums. For CUDA one around single sums would copy each of them."""
+    stacks = [jnp.stack(of_leaf) if alike(of_leaf) else of_leaf for of_leaf in sums]
+    return [list(of_leaf) for of_leaf in jax.lax.optimization_barrier(stacks)]
 
 
 def _figures(

@@ -73,3 +73,44 @@ def test_specs_of_parameters_place_the_state(name, kind):
     # float32 sums in another order
     chex.assert_trees_all_close(jax.device_get(params), jax.device_get(whole), rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(*map(jax.device_get, (state, plain_state)), rtol=1e-5, atol=1e-6)
+
+
+MIXED = {
+    "adam_srt": so.adam_srt(0.1, weight_decay=0.01, channel_axes=-1),
+    "adam_g": so.adam_g(0.1, channel_axes=-1),
+    "sgd_mrt": so.sgd_mrt(0.1, channel_axes=-1),
+    "adamp": so.adamp(0.1, channel_axes=-1),
+    "rotational": so.rotational(optax.trace(0.9), 0.1, channel_axes=-1),
+    "with_geometry": so.with_geometry(optax.adam(0.1), channel_axes=-1),
+}
+X = jnp.arange(1.0, 33.0).reshape(4, 8)
+G = jnp.cos(X)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_gradients_may_be_sharded_where_parameters_are_not(name):
+    tx, mesh = MIXED[name], jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    state = tx.init(X)
+    expected, _ = jax.jit(tx.update)(G, state, X)
+    with jax.set_mesh(mesh):
+        x, state = jax.device_put((X, state), PartitionSpec())
+        g = jax.device_put(G, PartitionSpec("data"))
+        updates, _ = jax.jit(tx.update)(g, state, x)
+    chex.assert_trees_all_close(jax.device_get(updates), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_devices_may_step_from_common_parameters_by_their_own_gradients(name):
+    tx, mesh = MIXED[name], jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    grads, state = jnp.stack([G, jnp.sin(X)]), tx.init(X)
+
+    def update(grads, state, x):
+        return tx.update(grads[0], state, x)[0][None]
+
+    whole, own = PartitionSpec(), PartitionSpec("data")
+    found = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(own, whole, whole), out_specs=own))(
+        grads, state, X
+    )
+    for i in range(2):
+        expected, _ = tx.update(grads[i], state, X)
+        chex.assert_trees_all_close(found[i], expected, rtol=1e-4)
