@@ -80,7 +80,9 @@ def _run(args: argparse.Namespace, signals: StopSignals) -> int:
     wanted = compiled_lines.settings(
         args.models, args.optimizers, args.gpus, packages, os.environ["XLA_FLAGS"]
     )
-    recorded = [of for of in _load(output, warn=True) if of.git_revision == revision]
+    # Of changed files, or of none that git knows, nobody knows whether they are those of the lines.
+    known = revision and not revision.endswith("-dirty")
+    recorded = [of for of in _load(output, warn=True) if known and of.git_revision == revision]
     there = [compiled.setting for compiled in recorded]
     missing = [setting for setting in wanted if setting not in there]
 

@@ -55,10 +55,13 @@ def compiled() -> str:
     of_models = {model: rows for (kind, model), rows in newest.tables().items() if kind == "step"}
     rows = []
     for name in compiled_lines.OPTIMIZERS:
-        found = [of_model[name].last for of_model in of_models.values()]
-        cells = [f"{p.figures.kernels}, {compiled_report.passes(p):.1f}" for p in found]
-        rows.append([f"`{name}`", *cells])
+        found = [of_model.get(name) for of_model in of_models.values()]
+        rows.append([f"`{name}`", *map(_kernels_and_passes, found)])
     return _markdown(["", *of_models], rows)
+
+
+def _kernels_and_passes(row: compiled_report.Row | None) -> str:
+    return f"{row.last.figures.kernels}, {compiled_report.passes(row.last):.1f}" if row else "–"
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

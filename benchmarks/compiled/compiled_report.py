@@ -49,7 +49,8 @@ def sections(programs: Iterable[Compiled]) -> list[Section]:
     for compiled in programs:
         setting = compiled.setting
         versions = ", ".join(f"{name} {v or 'none'}" for name, v in setting.versions.items())
-        rows = found.setdefault((setting.gpu, versions, setting.flags), {})
+        of_section = setting.gpu, versions, setting.flags
+        rows = found[of_section] = found.pop(of_section, {})  # the last one is of the last line
         key = setting.kind, setting.model, setting.optimizer
         row = rows.get(key)
         rows[key] = Row(compiled, _before(row, compiled) if row else None)
@@ -97,7 +98,8 @@ def write_report(output: Path, programs: Sequence[Compiled]) -> None:
 
 NOTES = f"""\
 * Nothing here ran: XLA compiled each program for the GPU named, from its data sheet, on a machine
-  without one and without autotuning, and what it launches was counted in its text.
+  without one, with JAX's plugin for CUDA 12 and without autotuning, and what it launches was counted
+  in its text.
 * kernels: launches of a step; a call of a library (cuDNN, cuBLAS, a sort) and a collective are one
   each. "more, a leaf": those more than with `adam`, for each spherical leaf.
 * bytes: sizes of the operands and results of all kernels. A kernel that reads a part of an operand,

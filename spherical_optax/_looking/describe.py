@@ -34,7 +34,7 @@ def describe(params: optax.Params, channel_axes: ChannelAxes) -> str:
     conv  3×3×8×16  4 × 288, 4 blocks of axis -1
     2 leaves, 1,168 parameters, 98.6 % of them on spheres
     """
-    # Any selection may bring some, as that of `find_invariant_groups` does.
+    # A selection may bring evidence, as that of `find_invariant_groups` does.
     evidence = getattr(channel_axes, "evidence", None)
     leaves = [leaf for leaf in select(params, channel_axes) if not leaf.skipped]
     rows: list[tuple[str, ...]] = []

@@ -199,6 +199,28 @@ def test_what_the_readme_claims_is_in_the_raw_results():
     assert "17 % of Qwen3's and none of Llama 3's" in claims
 
 
+def test_what_is_said_of_compiled_steps_is_in_the_raw_results():
+    programs, _ = compiled_lines.load(RESULTS / "compiled_for_gpu" / "runs.jsonl")
+    newest = [part for part in compiled_report.sections(programs) if part.gpu == "h100"][-1]
+    rows = {name: newest.rows["step", "resnet18", name].last for name in compiled_lines.OPTIMIZERS}
+    said = {
+        name: (str(row.figures.kernels), f"{compiled_report.passes(row):.1f}")
+        for name, row in rows.items()
+    }
+    (kernels, passes), (of_adam, passes_of_adam) = said["adam_srt"], said["adam"]
+    assert (
+        f"launches {kernels} kernels that pass over them {passes} times, and `optax.adam`'s {of_adam} "
+        f"and {passes_of_adam} ("
+    ) in unwrapped("README.md")
+    assert f"ResNet-18 has {kernels} kernels instead of" in unwrapped("CHANGELOG.md")
+    notes = rows_of((ROOT / "benchmarks" / "NOTES.md").read_text())
+    now = {row[0]: row[-2].strip("*") for row in notes if row[0].startswith("`") and len(row) == 5}
+    assert len(now) == 6
+    for name, words in now.items():
+        key = "adam+geometry" if "with_geometry" in name else name.split("`")[1]
+        assert words == ", ".join(said[key])
+
+
 def test_what_is_said_of_the_papers_means_is_so():
     def means(name):
         return np.array([paper_figures.PAPER[s][name].mean for s in paper_figures.SETTINGS])
