@@ -98,8 +98,8 @@ def write_report(output: Path, programs: Sequence[Compiled]) -> None:
 
 NOTES = f"""\
 * Nothing here ran: XLA compiled each program for the GPU named, from its data sheet, on a machine
-  without one, with JAX's plugin for CUDA 12 and without autotuning, and what it launches was counted
-  in its text.
+  without one, by JAX's plugin for CUDA 12 and without autotuning, and what it launches was
+  counted in its text.
 * kernels: launches of a step; a call of a library (cuDNN, cuBLAS, a sort) and a collective are one
   each. "more, a leaf": those more than with `adam`, for each spherical leaf.
 * bytes: sizes of the operands and results of all kernels. A kernel that reads a part of an operand,

@@ -12,6 +12,7 @@ import pytest
 import plot_geometry
 import tables
 from architectures import atlas_lines, atlas_report
+from compiled import compiled_lines, compiled_report
 from images import recipes
 from steps import step_report, step_runs
 from table import paper_figures, table_report, table_runs
@@ -208,10 +209,8 @@ def test_what_is_said_of_compiled_steps_is_in_the_raw_results():
         for name, row in rows.items()
     }
     (kernels, passes), (of_adam, passes_of_adam) = said["adam_srt"], said["adam"]
-    assert (
-        f"launches {kernels} kernels that pass over them {passes} times, and `optax.adam`'s {of_adam} "
-        f"and {passes_of_adam} ("
-    ) in unwrapped("README.md")
+    claim = f"launches {kernels} kernels that pass over them {passes} times, and `optax.adam`'s "
+    assert f"{claim}{of_adam} and {passes_of_adam} (" in unwrapped("README.md")
     assert f"ResNet-18 has {kernels} kernels instead of" in unwrapped("CHANGELOG.md")
     notes = rows_of((ROOT / "benchmarks" / "NOTES.md").read_text())
     now = {row[0]: row[-2].strip("*") for row in notes if row[0].startswith("`") and len(row) == 5}

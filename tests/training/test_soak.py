@@ -20,9 +20,9 @@ from test_processes import COMMAND, FAST
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "20"))
 WARM_UP = 0.25  # of the samples: allocators and caches fill first
-# What may be added with each line of figures, in KiB: the figures, which are kept to the end in several
-# copies, and for text, which saves at each line, what tensorstore (0.1.86) loses then: 200 bytes at each
-# `Spec.to_json()`, of which Orbax makes several for each array. The images' trainer saves less often.
+# KiB that each line of figures may add: itself, as it is kept to the end in several copies, and for
+# text, which saves at each line, what tensorstore (0.1.86) loses then: 200 bytes with each
+# `Spec.to_json()`, of which Orbax makes several for each array. Epochs of images outrun the saves.
 LINE = {"images": 10, "text": 60}
 COMMANDS = {
     "images": f"{COMMAND} --epochs 1000000 --batch_size 8 --geometry --tensorboard",
