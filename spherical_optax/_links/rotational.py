@@ -56,6 +56,10 @@ def rotational(
     unlike `hyperball`'s. Classic leaves take x - angle u; for a learning rate of their own put this
     into `optax.partition`.
 
+    |P_x(u)|² is taken by Pythagoras, which saves a round of sums: where a share p of u is tangent,
+    it is exact to eps/p², eps being the rounding of the sums, and y is off the sphere by angle²/2
+    times that, until the next step. What is radial but for rounding moves nothing.
+
     Args:
       direction: an optimizer without learning rate, sign and decay, such as
         `optax.scale_by_adam()`.

@@ -135,6 +135,17 @@ def radius_to_come(link: Link, start: np.ndarray, x: np.ndarray, u: np.ndarray) 
     return start if radius is None else np.full(len(x), 0.5 if callable(radius) else radius)
 
 
+def radius_lost(link: Link, x: np.ndarray, u: np.ndarray, eps: float) -> np.ndarray:
+    """Share of the radius that `rotational` may be off by, as it measures the tangent part of u."""
+    tangent = u - dot(u, x) / np.maximum(dot(x, x), 1e-300) * x
+    share = dot(tangent, tangent)[:, 0] / np.maximum(dot(u, u)[:, 0], 1e-300)
+    # Of what is radial but for rounding, twice itself.
+    lost = np.minimum(2.0, ARITHMETIC * eps / np.maximum(share, 1e-300))
+    angle = link.settings["angle"]
+    mean = angle(0) if callable(angle) else angle  # the largest
+    return mean**2 / 2 / (1 - link.settings["update_norm_decay"]) * lost
+
+
 ENDS = (
     "adam_g",
     "adam_h",
@@ -168,6 +179,8 @@ def test_points_stay_on_their_spheres(program):
                 if program.chain[-1].name in ("follow_great_circle", "radial_brake"):
                     scale = scale + length(u)
                 allowed += ARITHMETIC * rounding(dtype) * scale
+                if program.chain[-1].name == "rotational":
+                    allowed += radius_lost(program.chain[-1], x, u, rounding(dtype)) * length(x)
                 # A direction of zeros moves nothing, a group of zeros has no radius, and float16
                 # has an end, in Optax's Adam too.
                 checked = np.any(out, axis=1) & np.any(x0, axis=1) & np.isfinite(length(u))
