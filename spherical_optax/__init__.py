@@ -22,12 +22,7 @@ from spherical_optax._ground.geometry import (
     project_to_tangent,
     retract,
 )
-from spherical_optax._ground.groups import (
-    Blocks,
-    blocks,
-    group_inner,
-    group_norm,
-)
+from spherical_optax._ground.groups import Blocks, blocks, group_inner, group_norm
 from spherical_optax._ground.selection import (
     ByPath,
     ChannelAxes,

@@ -16,10 +16,9 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from spherical_optax._ground.groups import (
-    Axes,
+from spherical_optax._ground.groups import Axes, in_view
+from spherical_optax._ground.sums import (
     divide_or,
-    in_view,
     inner,
     nonzero,
     norm,

@@ -15,10 +15,10 @@ from spherical_optax._ground.geometry import (
     transport_numbers,
     transport_pairs,
 )
-from spherical_optax._ground.groups import inners, nonzero, squared_norm
 from spherical_optax._ground.hyperparams import check_rates
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes
+from spherical_optax._ground.sums import inners, nonzero, squared_norm
 from spherical_optax._links.moments import (
     adam_step,
     average,

@@ -16,10 +16,11 @@ from spherical_optax._ground.geometry import (
     transport_numbers,
     transport_pairs,
 )
-from spherical_optax._ground.groups import group_size, nonzero, once_per_group
+from spherical_optax._ground.groups import group_size
 from spherical_optax._ground.hyperparams import check_weight_decay
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes
+from spherical_optax._ground.sums import nonzero, once_per_group
 from spherical_optax._links.moments import (
     adam_step,
     average,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._ground.groups import group_size, inners, sums
+from spherical_optax._ground.groups import group_size
 from spherical_optax._ground.hyperparams import (
     check_decays,
     check_not_negative,
@@ -19,6 +19,7 @@ from spherical_optax._ground.hyperparams import (
 )
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
+from spherical_optax._ground.sums import inners, sums
 from spherical_optax._links.moments import bias_correction, check_moments
 from spherical_optax._links.ready import scale_by_learning_rate
 

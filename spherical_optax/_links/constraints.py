@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax._ground.geometry import great_circle, tangent, to_radius
-from spherical_optax._ground.groups import group_norm, nonzero, norm, squared_norm, zeros_per_group
+from spherical_optax._ground.groups import group_norm, zeros_per_group
 from spherical_optax._ground.hyperparams import check_shares
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected, select
+from spherical_optax._ground.sums import nonzero, norm, squared_norm
 from spherical_optax._links.ready import stateless_link
 
 

@@ -11,16 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._ground.groups import (
-    inners,
-    nonzero,
-    squared_norm,
-    wide_dtype,
-    zeros_per_group,
-)
+from spherical_optax._ground.groups import wide_dtype, zeros_per_group
 from spherical_optax._ground.hyperparams import check_not_negative, check_optimizer, check_rates
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected
+from spherical_optax._ground.sums import inners, nonzero, squared_norm
 from spherical_optax._links.constraints import check_radius, radius_at_init
 from spherical_optax._links.moments import check_moments
 

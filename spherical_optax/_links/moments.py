@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from spherical_optax._ground.groups import inners, once_per_group, squared_norm, zeros_per_group
+from spherical_optax._ground.groups import zeros_per_group
 from spherical_optax._ground.hyperparams import check_decays, check_dtype, check_not_negative
 from spherical_optax._ground.selection import ChannelAxes, map_selected
+from spherical_optax._ground.sums import inners, once_per_group, squared_norm
 
 
 def check_moments(b1: ArrayLike, b2: ArrayLike, eps: ArrayLike, mu_dtype: Any = None) -> None:

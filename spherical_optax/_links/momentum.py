@@ -13,10 +13,10 @@ from spherical_optax._ground.geometry import (
     transport_numbers,
     transport_pairs,
 )
-from spherical_optax._ground.groups import inners, nonzero
 from spherical_optax._ground.hyperparams import check_decays, check_dtype, check_shares
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
+from spherical_optax._ground.sums import inners, nonzero
 from spherical_optax._links.ready import DecayMask, add_coupled_decay, scale_by_learning_rate
 
 

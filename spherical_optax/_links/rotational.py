@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from spherical_optax._ground.groups import inners, nonzero, zeros_per_group
+from spherical_optax._ground.groups import zeros_per_group
 from spherical_optax._ground.hyperparams import (
     check_decays,
     check_not_negative,
@@ -18,6 +18,7 @@ from spherical_optax._ground.hyperparams import (
 )
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, map_selected
+from spherical_optax._ground.sums import inners, nonzero
 from spherical_optax._links.constraints import radius_at_init
 from spherical_optax._links.moments import average, bias_correction
 

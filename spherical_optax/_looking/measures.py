@@ -15,9 +15,9 @@ import optax
 from jax.typing import ArrayLike
 
 from spherical_optax._ground.geometry import angle_between, radial_share, tangent
-from spherical_optax._ground.groups import inner, nonzero, norm, squared_norm, zero_where
 from spherical_optax._ground.leaves import map_groups
 from spherical_optax._ground.selection import ChannelAxes
+from spherical_optax._ground.sums import inner, nonzero, norm, squared_norm, zero_where
 
 
 def radius(params: optax.Params, *, channel_axes: ChannelAxes) -> Any:

@@ -14,9 +14,10 @@ import optax
 from jax.typing import ArrayLike
 
 from spherical_optax._ground.geometry import to_radius
-from spherical_optax._ground.groups import Layout, nonzero, norm, wide_dtype, widen
+from spherical_optax._ground.groups import Layout, wide_dtype, widen
 from spherical_optax._ground.hyperparams import check_tolerance
 from spherical_optax._ground.selection import is_hole, named_leaves
+from spherical_optax._ground.sums import nonzero, norm
 
 LossFn = Callable[[Any, Any], ArrayLike]
 Verdict = Literal["invariant", "not invariant", "undecided"]

@@ -10,18 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._ground.groups import (
-    Layout,
-    alike,
-    inners,
-    nonzero,
-    wide_dtype,
-    widen,
-    zero_where,
-)
+from spherical_optax._ground.groups import Layout, wide_dtype, widen
 from spherical_optax._ground.hyperparams import check_count, check_optimizer
 from spherical_optax._ground.leaves import aligned, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, is_hole, named_leaves, select
+from spherical_optax._ground.sums import alike, inners, nonzero, zero_where
 
 # The rows and columns of the state's arrays; the last row only where there is one momentum.
 MEASURES = (
