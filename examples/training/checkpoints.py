@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -196,21 +195,13 @@ def _failing_as_os_error(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 @functools.cache
 def _quieten() -> None:
-    """Drops what Orbax's threads print about a failed save, which `save` or `close` raises anyway.
+    """Drops what Orbax logs about a failed save, which `save` or `close` raises anyway.
 
-    Orbax logs it, and leaves the other writes to an event loop that is closed: each of them is
-    reported when it ends.
+    It also leaves the other writes to an event loop that is closed, which each of them reports when
+    it ends, be it after the command's last words: `ending.outcome` passes over that.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(
             lambda record: "orbax" not in record.pathname + record.getMessage()
         )
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    report = sys.unraisablehook
-
-    def report_others(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            report(unraisable)
-
-    sys.unraisablehook = report_others

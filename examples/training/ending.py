@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,6 +48,7 @@ def outcome(
       failed: what to add after an error of the system.
     """
     prepare_process()
+    _pass_over_closed_loops()
 
     def end(code: int, *parts: str) -> int:
         print(f"{prog}: {'; '.join(filter(None, parts))}", file=sys.stderr, flush=True)
@@ -69,6 +71,19 @@ def outcome(
     except Stopped as end_asked:
         how = "interrupted" if end_asked.signum == signal.SIGINT else "terminated"
         return end(128 + end_asked.signum, how, stopped())
+
+
+@cache  # once in a process, and until its end
+def _pass_over_closed_loops() -> None:
+    """Reports no write of a failed save that finds its event loop closed; see `checkpoints`."""
+    report = sys.unraisablehook
+
+    def report_others(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
 
 
 def training_outcome(prog: str, args: argparse.Namespace, train: Train) -> int:
