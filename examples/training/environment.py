@@ -41,13 +41,17 @@ def device_name() -> str:
 
 def find_git_revision() -> str | None:
     """The commit that is checked out, with "-dirty" if tracked files differ from it."""
-    directory = str(Path(__file__).parent)
-    command = ["git", "-C", directory, "describe", "--always", "--dirty", "--abbrev=40"]
+    # `git describe --dirty` would write the index, and a run that is killed leave its lock behind.
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
+    status = ["status", "--porcelain", "--untracked-files=no"]
     try:
-        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True)
+        revision, changes = (
+            subprocess.run([*git, *asked], capture_output=True, text=True, check=True).stdout
+            for asked in (["rev-parse", "HEAD"], status)
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return revision.strip() + ("-dirty" if changes else "")
 
 
 def _processor() -> str:
