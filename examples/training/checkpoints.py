@@ -27,6 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from training import ending
+
 PyTree = Any
 CHECKSUMS = "checksums.json"
 
@@ -195,13 +197,14 @@ def _failing_as_os_error(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 @functools.cache
 def _quieten() -> None:
-    """Drops what Orbax logs about a failed save, which `save` or `close` raises anyway.
+    """Drops what Orbax's threads print about a failed save, which `save` or `close` raises anyway.
 
-    It also leaves the other writes to an event loop that is closed, which each of them reports when
-    it ends, be it after the command's last words: `ending.outcome` passes over that.
+    Orbax logs it, and leaves the other writes to an event loop that is closed: each of them is
+    reported when it ends.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(
             lambda record: "orbax" not in record.pathname + record.getMessage()
         )
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    ending.pass_over_closed_loops()

@@ -48,7 +48,7 @@ def outcome(
       failed: what to add after an error of the system.
     """
     prepare_process()
-    _pass_over_closed_loops()
+    pass_over_closed_loops()
 
     def end(code: int, *parts: str) -> int:
         print(f"{prog}: {'; '.join(filter(None, parts))}", file=sys.stderr, flush=True)
@@ -74,7 +74,7 @@ def outcome(
 
 
 @cache  # once in a process, and until its end
-def _pass_over_closed_loops() -> None:
+def pass_over_closed_loops() -> None:
     """Reports no write of a failed save that finds its event loop closed; see `checkpoints`."""
     report = sys.unraisablehook
 
