@@ -35,15 +35,10 @@ from spherical_optax._links.adam_s import adam_s, scale_by_adam_s
 from spherical_optax._links.adam_srt import adam_srt, scale_by_adam_srt
 from spherical_optax._links.adamp import adamp, project_where_invariant, sgdp
 from spherical_optax._links.constraints import (
-    ReprojectToSphereState,
     centralize_per_group,
     follow_great_circle,
     normalize_per_group,
-    project_to_sphere,
     project_to_tangent_space,
-    radial_brake,
-    reproject_to_sphere,
-    scale_by_radius,
 )
 from spherical_optax._links.hyperball import HyperballState, adam_h, hyperball
 from spherical_optax._links.momentum import (
@@ -51,6 +46,13 @@ from spherical_optax._links.momentum import (
     trace_rt,
 )
 from spherical_optax._links.muon_h import muon_h, orthogonalize_per_group
+from spherical_optax._links.radii import (
+    ReprojectToSphereState,
+    project_to_sphere,
+    radial_brake,
+    reproject_to_sphere,
+    scale_by_radius,
+)
 from spherical_optax._links.rotational import (
     RotationalState,
     equilibrium_angle,

@@ -16,8 +16,8 @@ from spherical_optax._ground.hyperparams import check_not_negative, check_optimi
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected
 from spherical_optax._ground.sums import inners, nonzero, squared_norm
-from spherical_optax._links.constraints import check_radius, radius_at_init
 from spherical_optax._links.moments import check_moments
+from spherical_optax._links.radii import check_radius, radius_at_init
 
 Radius = float | Callable[[str, Any], ArrayLike] | None
 Retraction = Literal["normalize", "exp"]
@@ -188,7 +188,6 @@ def on_hyperballs(
     check_rates(adam_learning_rate=classic_learning_rate)
     check_not_negative(adam_weight_decay=classic_weight_decay)
     direction = optax.with_extra_args_support(direction)
-    step = _normalized_step if retraction == "normalize" else _geodesic_step
 
     def init_fn(params: optax.Params) -> HyperballState:
         radii = map_selected(lambda leaf: _radii(leaf, radius, zero), channel_axes, params)
@@ -216,7 +215,10 @@ def on_hyperballs(
             products = inners(axes, (x, x), (x, u), (u, u))
             # A group that was zero at init has the first norm that it came to.
             r = jax.lax.select(r == 0, jnp.sqrt(products[0]), r)
-            return step(jnp.asarray(eta, u.dtype), u, x, products, r, axes), r
+            rate = jnp.asarray(eta, u.dtype)
+            if retraction == "normalize":
+                return _normalized_step(rate, u, x, products, r), r
+            return _geodesic_step(rate, u, x, products, r, axes), r
 
         steps, radii = map_leaves(leaf, channel_axes, directions, state.radius, params=params)
         # A direction may be wider, such as that of Optax's Adam with a wider mu_dtype.
@@ -228,12 +230,7 @@ def on_hyperballs(
 
 
 def _normalized_step(
-    eta: jax.Array,
-    u: jax.Array,
-    x: jax.Array,
-    products: Sequence[jax.Array],
-    r: jax.Array,
-    axes: tuple[int, ...],
+    eta: jax.Array, u: jax.Array, x: jax.Array, products: Sequence[jax.Array], r: jax.Array
 ) -> jax.Array:
     """`r N(x - eta r N(u)) - x`; the norm of the sum follows from sums of what is there before."""
     xx, xu, uu = products

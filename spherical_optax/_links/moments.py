@@ -1,6 +1,6 @@
 """Moments, coupled decay and bias correction: what the Adams here share.
 
-An array without reduction axes runs through the same lines and comes out as in Adam.
+An array without reduction axes comes out as in Adam.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from spherical_optax._ground.hyperparams import (
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, map_selected
 from spherical_optax._ground.sums import inners, nonzero
-from spherical_optax._links.constraints import radius_at_init
 from spherical_optax._links.moments import average, bias_correction
+from spherical_optax._links.radii import radius_at_init
 
 
 class RotationalState(NamedTuple):
