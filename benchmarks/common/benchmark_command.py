@@ -11,6 +11,7 @@ from typing import Any
 
 from training import ending
 from training.command import Refused
+from training.files import why_not_writable
 from training.signals import StopSignals
 
 RUNS = "runs.jsonl"
@@ -58,7 +59,9 @@ def needs_torch() -> Generator[None, None, None]:
 
 
 def make_directory(output: Path) -> None:
-    """Make the directory for the results, or refuse."""
+    """Make the directory for the results, or refuse one that cannot be made or written."""
+    if reason := why_not_writable(output):
+        raise Refused(f"cannot write to {output}: {reason}")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

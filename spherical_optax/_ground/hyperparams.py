@@ -50,6 +50,14 @@ def check_rates(below: float = math.inf, **values: Any) -> None:
         _check(numbers, lambda x: 0 <= x < below, f"in [0, {below:.6g}), and no schedule")
 
 
+def check_elements(check: Callable[..., None], **values: Any) -> None:
+    """Each is a number that passes the check, or an array of such."""
+    for name, value in values.items():
+        if not isinstance(value, jax.core.Tracer):
+            for element in value.ravel().tolist() if hasattr(value, "ravel") else [value]:
+                check(**{name: element})
+
+
 def check_count(**values: Any) -> None:
     """Each is a number of times."""
     for name, value in values.items():

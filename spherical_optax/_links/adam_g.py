@@ -131,8 +131,8 @@ def adam_g(
       eps: added to the root of the second moment.
       weight_decay: coupled L2 on the classic leaves: a number or a schedule, not negative. The
         spherical ones, whose radius is fixed, take none.
-      weight_decay_mask: the classic leaves that decay: a tree of booleans, or a callable from the
-        parameters to one; by default all.
+      weight_decay_mask: the classic leaves that decay: a tree of booleans, or a prefix of one,
+        or a callable from the parameters to one; by default all.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 

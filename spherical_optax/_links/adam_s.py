@@ -129,9 +129,9 @@ def adam_s(
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, divided by sqrt(d).
       weight_decay: coupled L2: a number or a schedule, not negative.
-      weight_decay_mask: the leaves that decay: a tree of booleans, or a callable from the
-        parameters to one, such as `path_mask(axes, invert=True)` for the classic ones; by default
-        all.
+      weight_decay_mask: the leaves that decay: a tree of booleans, or a prefix of one, or a
+        callable from the parameters to one, such as `path_mask(axes, invert=True)` for the classic
+        ones; by default all.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 

@@ -107,9 +107,9 @@ def sgd_mrt(
       momentum: decay of the buffer, in [0, 1).
       dampening: share of each gradient that is left out, in [0, 1]; the first one's too.
       weight_decay: coupled L2: a number or a schedule, not negative.
-      weight_decay_mask: the leaves that decay: a tree of booleans, or a callable from the
-        parameters to one, such as `path_mask(axes, invert=True)` for the classic ones; by default
-        all.
+      weight_decay_mask: the leaves that decay: a tree of booleans, or a prefix of one, or a
+        callable from the parameters to one, such as `path_mask(axes, invert=True)` for the classic
+        ones; by default all.
       channel_axes: the selection: axes that index groups, or a callable such as `by_path`'s.
       accumulator_dtype: dtype of the stored buffer; by default that of the parameters.
 

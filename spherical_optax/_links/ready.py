@@ -13,13 +13,18 @@ from spherical_optax._ground.hyperparams import check_rates, check_weight_decay
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
 
-# Which leaves decay: a tree of booleans, or a callable from the parameters to one; None: all.
+# Which leaves decay: a tree of booleans, or a prefix of one as with Optax, or a callable from the
+# parameters to one; None: all.
 DecayMask = optax.Params | Callable[[optax.Params], optax.Params] | None
 
 
 def decay_flags(mask: DecayMask, params: Any) -> optax.Params | None:
     """The tree of a mask, for the `flags` of `map_leaves`."""
-    return mask(params) if callable(mask) else mask
+    tree = mask(params) if callable(mask) else mask
+    try:
+        return None if tree is None else jax.tree.broadcast(tree, params)
+    except ValueError:
+        return tree  # which `map_leaves` refuses, with the path
 
 
 def stateless_link(
@@ -56,18 +61,29 @@ def add_coupled_decay(
     `except_spherical` selects take no decay.
     """
     check_weight_decay(weight_decay)
-    decay = optax.add_decayed_weights(weight_decay, mask)
+    decay = optax.add_decayed_weights(weight_decay)
+
+    def check(updates: optax.Updates, params: optax.Params) -> optax.Params | None:
+        flags = decay_flags(mask, params)
+        map_leaves(lambda axes, g, *_: (g,), None, updates, params=params, flags=flags)
+        return flags
+
+    def init_fn(params):
+        check(params, params)
+        return decay.init(params)
 
     def update_fn(updates, state, params=None):
         params = need_params(params, optimizer)
-        map_leaves(lambda axes, g, x: (g,), None, updates, params=params)  # raises if they differ
+        flags = check(updates, params)
+
+        def leaf(axes, g, decayed, decays=True):
+            return g if axes or not decays else decayed, decayed
+
         decayed, state = decay.update(updates, state, params)
-        updates, _ = map_leaves(
-            lambda axes, g, d: (g if axes else d, d), except_spherical, updates, decayed
-        )
+        updates, _ = map_leaves(leaf, except_spherical, updates, decayed, flags=flags)
         return updates, state
 
-    return optax.GradientTransformation(decay.init, update_fn)
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def scale_by_learning_rate(

@@ -12,9 +12,11 @@ from jax.typing import ArrayLike
 from spherical_optax._ground.groups import zeros_per_group
 from spherical_optax._ground.hyperparams import (
     check_decays,
+    check_elements,
     check_not_negative,
     check_optimizer,
     check_rates,
+    check_shares,
 )
 from spherical_optax._ground.leaves import check_trees, map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, map_selected
@@ -166,12 +168,15 @@ def equilibrium_angle(
     weight_decay) steps to come near it.
 
     Args:
-      learning_rate: AdamW's, of any shape.
-      weight_decay: decoupled: a step shortens x by learning_rate weight_decay x.
-      b1: decay of the first moment.
+      learning_rate: AdamW's, from 0, of any shape.
+      weight_decay: from 0, decoupled: a step shortens x by learning_rate weight_decay x.
+      b1: decay of the first moment, in [0, 1).
 
     Returns:
       Radians.
+
+    Raises:
+      ValueError: a number is out of range.
 
     Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), table 1.
 
@@ -179,6 +184,8 @@ def equilibrium_angle(
     >>> so.equilibrium_angle(1e-3, 0.1, b1=0.9).round(5)
     Array(0.00324, dtype=float32, weak_type=True)
     """
+    check_elements(check_not_negative, learning_rate=learning_rate, weight_decay=weight_decay)
+    check_elements(check_decays, b1=b1)
     share = (1 - jnp.asarray(b1)) / (1 + jnp.asarray(b1))
     return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay * share)
 
@@ -196,12 +203,15 @@ def equilibrium_angle_of_sgd(
     For gradients that are independent from step to step.
 
     Args:
-      learning_rate: SGD's, of any shape.
-      weight_decay: coupled: added to the gradient as weight_decay x.
-      momentum: decay of the buffer, whose gradients come in undampened.
+      learning_rate: SGD's, from 0, of any shape.
+      weight_decay: from 0, coupled: added to the gradient as weight_decay x.
+      momentum: decay of the buffer, in [0, 1), whose gradients come in undampened.
 
     Returns:
       Radians.
+
+    Raises:
+      ValueError: a number is out of range.
 
     Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), table 1.
 
@@ -209,6 +219,8 @@ def equilibrium_angle_of_sgd(
     >>> so.equilibrium_angle_of_sgd(0.1, 5e-4, momentum=0.0).round(5)
     Array(0.01, dtype=float32, weak_type=True)
     """
+    check_elements(check_not_negative, learning_rate=learning_rate, weight_decay=weight_decay)
+    check_elements(check_decays, momentum=momentum)
     return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay / (1 + jnp.asarray(momentum)))
 
 
@@ -223,12 +235,15 @@ def equilibrium_angle_of_sgd_mrt(
     buffer at each step, and leaves tangents only.
 
     Args:
-      learning_rate: SGD-MRT's, of any shape.
-      weight_decay: coupled: added to the gradient as weight_decay x.
+      learning_rate: SGD-MRT's, from 0, of any shape.
+      weight_decay: from 0, coupled: added to the gradient as weight_decay x.
       dampening: share of each gradient that is left out.
 
     Returns:
       Radians.
+
+    Raises:
+      ValueError: a number is out of range.
 
     Source: the balance of 2 η λ r² against |step|², derived here.
 
@@ -236,6 +251,8 @@ def equilibrium_angle_of_sgd_mrt(
     >>> so.equilibrium_angle_of_sgd_mrt(0.1, 5e-4).round(5)
     Array(0.01, dtype=float32, weak_type=True)
     """
+    check_elements(check_not_negative, learning_rate=learning_rate, weight_decay=weight_decay)
+    check_elements(check_shares, dampening=dampening)
     share = 1 - jnp.asarray(dampening)
     return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay * share)
 
@@ -254,13 +271,16 @@ def equilibrium_angle_of_lion(
     For gradients that are normal and independent from step to step.
 
     Args:
-      learning_rate: Lion's, of any shape.
-      weight_decay: decoupled.
-      b1: share of the momentum in the step.
-      b2: decay of the momentum.
+      learning_rate: Lion's, from 0, of any shape.
+      weight_decay: from 0, decoupled.
+      b1: share of the momentum in the step, in [0, 1].
+      b2: decay of the momentum, in [0, 1].
 
     Returns:
       Radians.
+
+    Raises:
+      ValueError: a number is out of range.
 
     Source: Kosson et al., *Rotational Equilibrium* (arXiv 2305.17212), table 1.
 
@@ -268,6 +288,8 @@ def equilibrium_angle_of_lion(
     >>> so.equilibrium_angle_of_lion(1e-4, 1.0, b1=0.9, b2=0.99).round(5)
     Array(0.0021, dtype=float32, weak_type=True)
     """
+    check_elements(check_not_negative, learning_rate=learning_rate, weight_decay=weight_decay)
+    check_elements(check_shares, b1=b1, b2=b2)
     b1, b2 = jnp.asarray(b1), jnp.asarray(b2)
     share = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
     return jnp.sqrt(jnp.pi * jnp.asarray(learning_rate) * weight_decay * share)

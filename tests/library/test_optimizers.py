@@ -191,6 +191,24 @@ def test_only_what_the_mask_marks_decays(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_mask_may_be_a_prefix_or_of_other_containers(name):
+    kernel, bias = jnp.asarray([[3.0, 4.0], [1.0, 2.0]]), jnp.asarray([1.0, 2.0])
+    params = {"a": {"kernel": kernel, "bias": bias}, "b": [kernel, bias]}
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def updates(mask):
+        tx = OPTIMIZERS[name](
+            weight_decay=0.1, weight_decay_mask=mask, channel_axes=so.by_path({"kernel": -1})
+        )
+        return tx.update(grads, tx.init(params), params)[0]
+
+    whole = {"a": {"kernel": True, "bias": True}, "b": [False, False]}
+    assert_same = partial(jax.tree.map, np.testing.assert_array_equal)
+    assert_same(updates({"a": True, "b": False}), updates(whole))
+    assert_same(updates(whole | {"b": (False, False)}), updates(whole))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_complex_numbers_take_the_classic_optimizer(name):
     real, imaginary = (random_arrays(seed, 6, 4, steps=3) for seed in (20, 21))
     x, grads = (jnp.asarray(a + 1j * b) for a, b in zip(real, imaginary, strict=True))

@@ -143,8 +143,8 @@ REPRODUCE_TABLE = {
     "--data_dir=": "argument --data_dir: the path is empty",
     "--output=": "argument --output: the path is empty",
     "--output {long}": ": File name too long",
-    "--output file": "cannot create file: ",
-    "--output file/table": "cannot create file/table: ",
+    "--output file": "cannot write to file: file is not a directory",
+    "--output file/table": "cannot write to file/table: file is not a directory",
     "--report --output nowhere": "there are no runs in nowhere/runs.jsonl",
 }
 LM_SWEEP = {
@@ -157,14 +157,14 @@ LM_SWEEP = {
     "--points 5000": "'5000' is not an integer from 1 to 99",
     "--seeds 20000": "'20000' is not an integer from 1 to 10000",
     "--steps 100 --eval_every 30": "--eval_every 30 does not divide --steps 100",
-    "--output file": "cannot create file: ",
+    "--output file": "cannot write to file: file is not a directory",
     "--report": "there are no runs in runs/lm_sweep/runs.jsonl",
 }
 ATLAS = {
     "--models=gpt9": "unknown 'gpt9' (choose from gpt2, llama, ",
     "--models=vit,vit": "vit is named twice",
     "--model=vit": "unrecognized arguments: --model=vit; did you mean --models?",
-    "--output file": "cannot create file: ",
+    "--output file": "cannot write to file: file is not a directory",
     "--report": "there are no whole networks in runs/atlas/atlas.jsonl",
 }
 OPTIMIZER_STEP = {
@@ -173,7 +173,7 @@ OPTIMIZER_STEP = {
     "--optimizers=adamsrt": "; did you mean adam_srt?",
     "--rounds=0": "'0' is not an integer from 1",
     "--round=3": "unrecognized arguments: --round=3; did you mean --rounds?",
-    "--output file": "cannot create file: ",
+    "--output file": "cannot write to file: file is not a directory",
     "--report": "there are no measurements in runs/optimizer_step/runs.jsonl",
 }
 TRAINING_THROUGHPUT = {
@@ -192,7 +192,7 @@ TRAINING_THROUGHPUT = {
     "--accuracy 0.9 --dataset moons": "unknown data set 'moons' (choose from digits, cifar10, ",
     "--accuracy 0.9 --dataset digits --batch_sizes 4000": "4000 is above the 1366 training images",
     "--accuracy 0.9 --dataset folder:empty": "empty has no images in train/CLASS/",
-    "--output file": "cannot create file: ",
+    "--output file": "cannot write to file: file is not a directory",
     "--report": "there are no measurements in ",
 }
 COMPILED_FOR_GPU = {

@@ -30,6 +30,12 @@ norm = partial(so.group_norm, X)
 find = partial(so.find_invariant_groups, loss, PARAMS)
 watch = partial(so.with_geometry, optax.sgd(0.1), channel_axes=AXES)
 hyperball = partial(so.hyperball, optax.identity(), channel_axes=AXES)
+
+
+def masked(mask: Any) -> dict[str, Any]:
+    return {"weight_decay": 0.1, "weight_decay_mask": mask, "channel_axes": AXES}
+
+
 NAMES = {name: value for name, value in globals().items() if not name.startswith("_")}
 
 # By what is wrong; the words are a part of the message, behind the name of the error.
@@ -143,15 +149,23 @@ HYPERPARAMETERS = {
     "so.reproject_to_sphere(np.ones(1), channel_axes=-1)": "ValueError: is not one number",
     "so.project_to_sphere(PARAMS, None, channel_axes=AXES)": "ValueError: radius=None is not one",
     "so.hyperball(optax.adam, 0.1, channel_axes=-1)": "TypeError: is no gradient transformation",
+    "so.equilibrium_angle(-0.1, 0.1)": "ValueError: learning_rate=-0.1 is not a finite number from",
+    "so.equilibrium_angle(0.1, np.asarray([0.1, NAN]))": "ValueError: weight_decay=nan is not a fi",
+    "so.equilibrium_angle(optax.constant_schedule(0.1), 0.1)": "ValueError: learning_rate=<functio",
+    "so.equilibrium_angle(0.1, 0.1, b1=1)": "ValueError: b1=1 is not in [0, 1)",
+    "so.equilibrium_angle_of_sgd(0.1, 0.1, momentum='x')": "ValueError: momentum='x' is not in [0,",
+    "so.equilibrium_angle_of_sgd_mrt(0.1, 0.1, dampening=2.0)": "ValueError: dampening=2.0 is not",
+    "so.equilibrium_angle_of_lion(0.1, 0.1, b2=jnp.array(-0.5))": "ValueError: b2=-0.5 is not in [",
     "so.rotational(0.1, 0.1, channel_axes=-1)": "TypeError: direction=0.1 is no gradient transform",
     "so.project_where_invariant(None, channel_axes=-1)": "TypeError: direction=None is no gradient",
 }
 USES = {
     "so.adam_srt(0.1)": "TypeError: channel_axes",
     "so.adam_srt(channel_axes=-1)": "TypeError: learning_rate",
-    "use(so.adam_s(0.1, weight_decay=0.1, weight_decay_mask={'conv': True}, channel_axes=AXES))": (
-        "ValueError: head: in the updates but not at this place in the mask"
-    ),
+    "use(so.adam_s(0.1, **masked({'conv': True})))": "ValueError: head: in the updates but not at ",
+    "use(so.sgd_mrt(0.1, **masked({'conv': True})))": "ValueError: head: in the updates but not at",
+    "so.adam_g(0.1, **masked({'conv': True})).init(PARAMS)": "ValueError: head: in the updates but",
+    "use(so.adam_srt(0.1, **masked(lambda params: params | {'x': X})))": "ValueError: x: in the ma",
     "use(so.adam_srt(0.1, channel_axes=AXES), grads={'conv': X})": "ValueError: head: in the optim",
     "use(so.adam_srt(0.1, channel_axes=AXES), grads=PARAMS | {'head': X.T})": (
         "ValueError: head: (2, 3) in the updates but (3, 2) in the optimizer's state"

@@ -191,6 +191,10 @@ OUTPUTS = [
     ),
     State({"locked": locked(0o500)}, "train_lm --output locked/run", "no permission to write in /"),
     State(
+        {"locked": locked(0o500)}, "optimizer_step --output locked", "no permission to write in l"
+    ),
+    State({"locked": locked(0o500)}, "lm_sweep --output locked/run", "no permission to write in /"),
+    State(
         {"locked": locked(0o500)},
         "train_cifar --dataset cifar10 --data_dir locked/sets",
         "/locked; name another one.",
