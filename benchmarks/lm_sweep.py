@@ -1,9 +1,9 @@
 """Sweep the learning rates of optimizers on small language models of two widths.
 
 Does the best learning rate stay where it is when the width doubles, and which optimizer has the
-lowest loss at its best? Every optimizer has as many learning rates, around the one of its recipe;
-the best of each is trained with more seeds. Runs that are there already are skipped: after an
-interruption the same command goes on.
+lowest loss at its best? Every optimizer gets the same number of learning rates, around the one of
+its recipe; the best of each is trained with more seeds. Runs that are there already are skipped:
+after an interruption the same command goes on.
 """
 
 # Each run is one call of the trainer in a process of its own.

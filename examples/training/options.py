@@ -48,7 +48,7 @@ def add_output(parser: Any, every: str) -> None:
         "--geometry",
         action="store_true",
         help=f"measure each step on the sphere, and write every {every}'s angle per step, "
-        "effective learning rate, radius and more of each kernel to DIR/geometry.jsonl",
+        "turn per length of gradient, radius and more of each kernel to DIR/geometry.jsonl",
     )
 
 
