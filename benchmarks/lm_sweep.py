@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from common import run_lines
 from common.benchmark_command import RUNS, Refused, make_directory, outcome, report, tell, warn_of
-from common.trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
+from common.trainer_calls import call, ending, locked, noted_signals
 from language import recipes
 from sweep import lm_report, lm_runs
 from sweep.lm_runs import Key, Run
@@ -70,6 +70,7 @@ def rates(optimizer: str, points: int) -> list[float]:
 def _sweep(args: argparse.Namespace, signals: StopSignals) -> int:
     output: Path = args.output
     make_directory(output)
+    _load(args, warn=True)
     with noted_signals() as received:
         first = _grid(args)
         failures = _train(args, first, received)
@@ -99,10 +100,9 @@ def _grid(args: argparse.Namespace) -> list[Key]:
 
 def _best(args: argparse.Namespace) -> list[Key]:
     """The other seeds of each optimizer's best learning rate."""
-    runs = _load(args)
-    wanted = []
+    runs, grid, wanted = _load(args), _grid(args), []
     for key in lm_runs.best(run for run in runs.values() if run.key.seed == 0):
-        if key in _grid(args):
+        if key in grid:
             wanted += [key._replace(seed=seed) for seed in range(1, args.seeds)]
     return wanted
 
@@ -110,7 +110,8 @@ def _best(args: argparse.Namespace) -> list[Key]:
 def _train(args: argparse.Namespace, wanted: Sequence[Key], received: list[int]) -> list[str]:
     """Trains what is missing; says what failed."""
     failures = []
-    missing = [key for key in wanted if key not in _load(args)]
+    runs = _load(args)
+    missing = [key for key in wanted if key not in runs]
     for place, key in enumerate(missing, 1):
         home = args.output / "cells" / str(key)
         with locked(home, received) as lock:
@@ -120,7 +121,6 @@ def _train(args: argparse.Namespace, wanted: Sequence[Key], received: list[int])
                 continue
             print(f"run {place}/{len(missing)}: {key}", flush=True)
             code = call(_command(args, key, home / "run"), lock, received)
-            received += [signum for signum in EXIT_CODES if code in (EXIT_CODES[signum], -signum)]
             # A loss that is no number is a result as well: that learning rate is too large. Any
             # other failure, such as of a full disk, is none.
             if code == 0 or (code == 1 and (home / "run" / "failed.json").exists()):

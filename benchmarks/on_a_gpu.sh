@@ -41,8 +41,7 @@ if [ -n "$images" ]; then
   [ -e "$images" ] || refuse "there is no $images"
   images=$(realpath "$images")
 fi
-mkdir -p "${positional[0]}" || refuse "cannot create ${positional[0]}"
-output=$(realpath "${positional[0]}")
+output=$(realpath -m "${positional[0]}")
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 backend=$("$python" -c 'import jax; print(jax.default_backend())' 2>&1) ||
@@ -52,19 +51,22 @@ if [ "$backend" != gpu ] && [ -z "$tiny" ]; then
   refuse "JAX with $python sees no GPU but a $backend; with --tiny the script is tried on that"
 fi
 
+mkdir -p "$output" || refuse "cannot create $output"
+
 # The tests share the GPU between processes, and PyTorch takes its part beside JAX.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 torch=()
-if "$python" -c 'import torch' 2>/dev/null; then torch=(--torch); fi
+if "$python" -c 'import sys, torch; sys.exit(sys.argv[1] == "gpu" and not torch.cuda.is_available())' \
+  "$backend" 2>/dev/null; then torch=(--torch); fi
 
 trap 'echo "$name: interrupted; the same command goes on from what is in $output" >&2; exit 130' INT
 failed=0
 
-stage() { # NAME SECONDS COMMAND...: SIGTERM after so many seconds, upon which our commands save
+stage() { # NAME SECONDS COMMAND...: a signal after so many seconds; at SIGTERM our commands save
   local stage=$1 seconds=$2 began=$SECONDS code
   shift 2
   printf '\n== %s\n' "$stage"
-  timeout --foreground --signal=TERM --kill-after=90 "$seconds" "$@" 2>&1 |
+  timeout --foreground --signal="${signal:-TERM}" --kill-after=90 "$seconds" "$@" 2>&1 |
     tee --append --ignore-interrupts "$output/$stage.log"
   code=${PIPESTATUS[0]}
   case $code in
@@ -85,22 +87,24 @@ else
   # Those of one device; what a CPU's programs move, and meshes of eight devices, are held elsewhere.
   tests=(tests/library/test_{adamp,constraints,edges,geometry,goldens,hyperball,measures}.py
     tests/library/test_{optimizers,oracles,platforms,relatives,symmetries,theory}.py)
-  steps=()
+  steps=(--models "resnet18,transformer" --rounds 10)
+  steps+=(--optimizers "adam,adam_s,adam_srt,adam_g,sgd_mrt,adam_h,rotational")
   wide=(--models resnet18 --precisions bfloat16 --batch_sizes 512 --seeds 1 --epoch)
   many=(--models resnet20 --precisions float32 --batch_sizes 128 --seeds "1,4" --epoch)
-  table=(--seeds 3 --epochs 60)
+  table=(--seeds 3 --epochs 20 --optimizers "adam,adamsrt,adams,sgd,sgdmrt")
 fi
 
 date >>"$output/stages.txt" || refuse "cannot write to $output"
-stage tests 240 "$python" -m pytest -q "${tests[@]}"
-stage optimizer_step 300 "$python" benchmarks/optimizer_step.py \
+# Ended by Ctrl-C, pytest says what it has seen.
+signal=INT stage tests 200 "$python" -m pytest -q "${tests[@]}"
+stage optimizer_step 270 "$python" benchmarks/optimizer_step.py \
   "${steps[@]}" "${torch[@]}" --output "$output/optimizer_step"
-stage throughput_of_resnet18 180 "$python" benchmarks/training_throughput.py \
+stage throughput_of_resnet18 290 "$python" benchmarks/training_throughput.py \
   "${wide[@]}" "${torch[@]}" --output "$output/training_throughput"
-stage throughput_of_resnet20 180 "$python" benchmarks/training_throughput.py \
+stage throughput_of_resnet20 290 "$python" benchmarks/training_throughput.py \
   "${many[@]}" "${torch[@]}" --output "$output/training_throughput"
 if [ -n "$images" ]; then
-  stage table 420 "$python" benchmarks/reproduce_table.py --settings cifar10/resnet20 \
+  stage table 380 "$python" benchmarks/reproduce_table.py --settings cifar10/resnet20 \
     "${table[@]}" --dataset "folder:$images" --output "$output/table"
 else
   echo "table: left out, as no images were given" | tee -a "$output/stages.txt"

@@ -134,6 +134,8 @@ def _measure(
 
 
 def _figures(setting: Setting, tree: Tree, adam: Program) -> Figures:
+    import jax
+
     from common import timing
     from steps.step_programs import jax_program, measure, nbytes
 
@@ -148,7 +150,7 @@ def _figures(setting: Setting, tree: Tree, adam: Program) -> Figures:
     counterpart = COUNTERPARTS[name]
     ours = adam if counterpart == "adam" else jax_program(counterpart, tree)
     program = torch_optimizers.torch_program(name, tree)
-    pause = torch_optimizers.PAUSE
+    pause = torch_optimizers.PAUSE if jax.default_backend() == "cpu" else 0.0
     return measure(program, adam, setting.rounds, **common, ours=ours, pause=pause)
 
 

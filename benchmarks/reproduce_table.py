@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from common.benchmark_command import RUNS, Refused, make_directory, outcome, report, tell, warn_of
-from common.trainer_calls import EXIT_CODES, call, ending, locked, noted_signals
+from common.trainer_calls import call, ending, locked, noted_signals
 from images import recipes
 from table import paper_figures, table_cells, table_report, table_runs
 from table.table_cells import Cell
@@ -89,7 +89,6 @@ def _run(args: argparse.Namespace, received: list[int]) -> int:
                 continue
             print(f"cell {number}/{len(cells)}: {cell}", flush=True)
             code = call(_command(args, cell), lock, received)
-            received += [signum for signum in EXIT_CODES if code in (EXIT_CODES[signum], -signum)]
             # What was interrupted or killed stays as it is: the next start makes the same call.
             if code == 0 or (code == 1 and not received):
                 table_cells.close(output, cell)

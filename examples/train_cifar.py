@@ -53,7 +53,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
 
     devices = environment.devices()
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
-    groups = _groups(args)
+    groups = runs.seeds_at_once(args.seed, args.seeds)
     arguments = _arguments(args, recipe) | {"seeds_at_once": len(groups[0])}
     rate, decay = arguments["learning_rate"], arguments["weight_decay"]
     if outputs.is_done(args.output, arguments, resume=args.resume):
@@ -150,14 +150,6 @@ def _arguments(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, An
         "seed": args.seed,
         "seeds": args.seeds,
     }
-
-
-def _groups(args: argparse.Namespace) -> list[list[int]]:
-    """The seeds that are trained at once."""
-    import jax
-
-    seeds = list(range(args.seed, args.seed + args.seeds))
-    return [seeds] if jax.default_backend() != "cpu" else [[seed] for seed in seeds]
 
 
 def _parser() -> argparse.ArgumentParser:

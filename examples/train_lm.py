@@ -54,14 +54,11 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
 
     devices = environment.devices()
     mesh = programs.make_mesh(devices, _mesh_shape(args.mesh, len(devices)))
-    try:
-        content = text.load(args.text)
-    except text.TextError as error:
-        raise Refused(str(error)) from error
+    content = text.load(args.text)
     for name, part in (("training", content.train), ("validation", content.valid)):
         if len(part) <= args.context:
             raise Refused(f"the {len(part)} bytes for {name} hold no window of --context + 1")
-    groups = _groups(args)
+    groups = runs.seeds_at_once(args.seed, args.seeds)
     style = _style(args)
     arguments = _arguments(args, style, content) | {"seeds_at_once": len(groups[0])}
     if outputs.is_done(args.output, arguments, resume=args.resume):
@@ -216,14 +213,6 @@ def _style(args: argparse.Namespace) -> recipes.Architecture:
     if args.qk_norm and style.qk_norm == "none":
         return style._replace(qk_norm="head")
     return style
-
-
-def _groups(args: argparse.Namespace) -> list[list[int]]:
-    """The seeds that are trained at once."""
-    import jax
-
-    seeds = list(range(args.seed, args.seed + args.seeds))
-    return [seeds] if jax.default_backend() != "cpu" else [[seed] for seed in seeds]
 
 
 def _mesh_shape(given: dict[str, int] | None, devices: int) -> tuple[int, int]:

@@ -68,11 +68,12 @@ def take(lock: int) -> bool:
     return True
 
 
-def call(command: Sequence[str], lock: int, received: Sequence[int]) -> int:
+def call(command: Sequence[str], lock: int, received: list[int]) -> int:
     """Runs a trainer to its end and returns its exit code, or minus the signal that killed it.
 
     A terminal sends Ctrl-C to the trainer as well, which then ends by itself. SIGTERM is handed on;
-    it also follows a Ctrl-C that did not reach the trainer.
+    it also follows a Ctrl-C that did not reach the trainer. `received` gains the signal that only
+    the trainer got, and ended by.
     """
     trainer = subprocess.Popen(command, pass_fds=[lock])
     waited = 0.0
@@ -82,7 +83,9 @@ def call(command: Sequence[str], lock: int, received: Sequence[int]) -> int:
         waited += 0.1 if received else 0
     if trainer.poll() is None:
         trainer.terminate()
-    return trainer.wait()
+    code = trainer.wait()
+    received += [signum for signum in EXIT_CODES if code in (EXIT_CODES[signum], -signum)]
+    return code
 
 
 def ending(code: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from common.words import number
 from compiled import compiled_report, targets
@@ -18,7 +18,11 @@ def beside(programs: Sequence[Compiled], measurements: Sequence[Measurement]) ->
       programs: the last line of a program counts.
       measurements: likewise.
     """
-    newest = {part.gpu: part for part in compiled_report.sections(programs)}
+    newest: dict[
+        str, dict[tuple[str, str, str], compiled_report.Row]
+    ] = {}  # of each GPU, the last line of each program
+    for part in compiled_report.sections(programs):
+        newest.setdefault(part.gpu, {}).update(part.rows)
     lines = ["# Steps of optimizers, predicted and measured", ""]
     head = ["measured, ms", "to adam", "accessed, of copy bandwidth"]
     for gpu in newest:
@@ -43,8 +47,10 @@ def beside(programs: Sequence[Compiled], measurements: Sequence[Measurement]) ->
     return "\n".join(lines)
 
 
-def _predicted(part: compiled_report.Section, model: str, name: str) -> list[str]:
-    row, adam = (part.rows.get(("step", model, optimizer)) for optimizer in (name, "adam"))
+def _predicted(
+    rows: Mapping[tuple[str, str, str], compiled_report.Row], model: str, name: str
+) -> list[str]:
+    row, adam = (rows.get(("step", model, optimizer)) for optimizer in (name, "adam"))
     if row is None:
         return ["–", "–"]
     seconds = sum(compiled_report.predicted(row.last))

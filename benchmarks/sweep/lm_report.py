@@ -142,7 +142,7 @@ def _draw(path: Path, runs: Sequence[Run]) -> None:
                 [run.key.learning_rate for run in first],
                 [run.loss for run in first],
                 color=color,
-                marker=MARKERS[k],
+                marker=MARKERS[k % len(MARKERS)],
                 label=f"width {width}" if i == j == 0 else None,
             )
             if first:

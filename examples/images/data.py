@@ -74,20 +74,18 @@ def load(name: str, *, data_dir: str | Path) -> DataSet:
     try:
         if name in _PUBLISHED:
             builder, mean, std, pad, flip = _PUBLISHED[name]
-            classes, train, test = read_tfds(builder, Path(data_dir).expanduser())
+            where = _home_expanded(data_dir, "another --data_dir")
+            classes, train, test = read_tfds(builder, where)
         elif name == "digits":
             classes, train, test = read_digits()
             (mean, std), pad, flip = _statistics(train.images), 4, False
         elif name.startswith("folder:") and name != "folder:":
-            classes, train, test = read_folder(Path(name.removeprefix("folder:")).expanduser())
+            where = _home_expanded(name.removeprefix("folder:"), "the folder without it")
+            classes, train, test = read_folder(where)
             (mean, std), pad, flip = _statistics(train.images), 4, True
         else:
             names = ", ".join((*DATASETS, "folder:PATH"))
             raise DataError(f"There is no data set {name!r}; choose from {names}.")
-    except RuntimeError as error:  # of `expanduser`
-        raise DataError(
-            f"There is no home directory for the ~ of {data_dir}; name another --data_dir."
-        ) from error
     except ImportError as error:
         raise DataError(
             f"Data set {name} needs the Python package {error.name or error}; "
@@ -98,6 +96,14 @@ def load(name: str, *, data_dir: str | Path) -> DataSet:
             f"Data set {name} has the class {classes[0]} only; it needs at least 2 to tell apart."
         )
     return DataSet(name, classes, train, test, mean, std, pad, flip)
+
+
+def _home_expanded(path: str | Path, remedy: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        message = f"There is no home directory for the ~ of {path}; name {remedy}."
+        raise DataError(message) from error
 
 
 def validation_split(total: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

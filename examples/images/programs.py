@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from images.data import DataSet, Split, augment, normalise, validation_split
 from training import geometry
-from training.loop import Batch, Run, Scores, Trainer, first_progress
+from training.loop import Batch, Run, Scores, Trainer, choose, first_progress
 
 COUNTS, SCORES = ("correct",), ("loss", "accuracy")  # of a batch; of an evaluation
 EVALUATION_BATCH = 1250  # divides the validation and test splits of CIFAR
@@ -253,18 +253,11 @@ def compile_trainer(
             program = run_one
         return program(state, train_split, *order, index)
 
-    def choose(better, new, old):
-        def of_leaf(new, old):
-            return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        return jax.tree.map(of_leaf, new, old)
-
     network = _network(state)
     count = len(seeds.key), len(data.test.labels)
     everything = jax.device_put(np.broadcast_to(np.arange(count[1], dtype=np.int32), count), whole)
     validate = _compile_evaluation(graphdef, data, network, train_split, seeds.valid, mesh)
     test = _compile_evaluation(graphdef, data, network, test_split, everything, mesh)
-    choose = compiled(choose, np.ones(count[0], bool), network, network, donate=2)
     return Trainer(
         items=images,
         steps=steps_per_epoch(images, batch_size),
@@ -276,7 +269,7 @@ def compile_trainer(
         network=_network,
         validate=lambda network, seeds: validate(network, seeds.valid),
         test=lambda network: test(network, everything),
-        choose=choose,
+        choose=compiled(choose, np.ones(count[0], bool), network, network, donate=2),
     )
 
 

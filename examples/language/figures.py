@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 
@@ -22,7 +23,7 @@ class Metrics(NamedTuple):
     """
 
     step: int  # how many are done
-    learning_rate: float  # of the first step since the evaluation before
+    learning_rate: float  # mean since the evaluation before
     train_loss: float  # mean since the evaluation before
     valid_loss: float
     tokens_per_second: float
@@ -57,10 +58,11 @@ def task(schedule: optax.Schedule) -> Task:
 
 
 def _line(schedule: optax.Schedule, epoch: Epoch) -> Metrics:
+    rates = np.asarray(jax.vmap(schedule)(np.arange(epoch.first_step, epoch.number)))
     return Metrics(
         step=epoch.number,
         # Rounded to what float32 holds: 0.001 and not 0.0010000000474974513.
-        learning_rate=float(f"{schedule(epoch.first_step):.6g}"),
+        learning_rate=float(f"{rates.mean():.6g}"),
         train_loss=epoch.loss_sum / epoch.items,
         valid_loss=epoch.scores["loss"],
         tokens_per_second=epoch.items_per_second,

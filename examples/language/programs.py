@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from language.text import Text, draw_windows, spread_windows
 from training import geometry
-from training.loop import Batch, Run, Scores, Trainer, first_progress
+from training.loop import Batch, Run, Scores, Trainer, choose, first_progress
 
 SCORES = ("loss",)  # of an evaluation
 EVALUATED = 256  # windows of the validation text, at most
@@ -198,14 +198,7 @@ def compile_trainer(
         run_one = run_one or compiled(map_step)
         return run_one(state, train_text, keys, np.int32(first + index))
 
-    def choose(better, new, old):
-        def of_leaf(new, old):
-            return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        return jax.tree.map(of_leaf, new, old)
-
     evaluate = _compile_evaluation(graphdef, text, state.params, shape, mesh)
-    choose = jax.jit(choose, donate_argnums=2, out_shardings=places.params)
     windows, context = shape
     return Trainer(
         items=steps * windows * context,
@@ -218,7 +211,7 @@ def compile_trainer(
         network=lambda state: state.params,
         validate=lambda network, keys: evaluate(network),
         test=evaluate,
-        choose=choose,
+        choose=jax.jit(choose, donate_argnums=2, out_shardings=places.params),
     )
 
 

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from training.command import Refused
+
 VOCABULARY = 256
 VALID_SHARE = 10  # one file of so many is for validation
 END = b"\0"  # behind each file
@@ -25,7 +27,7 @@ TESTS = {"test", "tests", "idle_test"}
 MAX_BYTES = 2**31 - 1  # of a part, whose places are int32
 
 
-class TextError(Exception):
+class TextError(Refused):
     """The text cannot be had; the message is one sentence for the user."""
 
 

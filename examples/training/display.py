@@ -62,8 +62,12 @@ def progress_bar(
             now = number(task.unit, progress.epoch, steps)
             bar.set_description(f"{name}{task.unit} {now}/{last}", refresh=False)
             if seen:
-                loss = sum(progress.loss_sum) / (seeds * seen)
-                counts = {n: sum(values) / (seeds * seen) for n, values in progress.counts.items()}
+                alive = [i for i in range(seeds) if not progress.failed[i]] or range(seeds)
+                all_seen = len(alive) * seen
+                loss = sum(progress.loss_sum[i] for i in alive) / all_seen
+                counts = {
+                    n: sum(of[i] for i in alive) / all_seen for n, of in progress.counts.items()
+                }
                 bar.set_postfix_str(task.so_far(loss, counts), refresh=False)
             bar.update(seen - bar.n)
 

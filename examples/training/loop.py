@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from training import geometry
@@ -70,6 +71,15 @@ class Run(NamedTuple):
     state: PyTree
     best: PyTree  # the network of the epoch with the best validation
     progress: Progress
+
+
+def choose(better: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """For each seed the new arrays where they are better, else the old ones."""
+
+    def of_leaf(new, old):
+        return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(of_leaf, new, old)
 
 
 def first_progress(seeds: int, counts: Sequence[str], scores: Sequence[str]) -> Progress:

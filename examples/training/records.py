@@ -4,17 +4,20 @@ A line of figures is of an epoch, and its first field says of which: `{"epoch": 
 `{"step": 600, ...}` where an epoch is no more than so many steps.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from tensorboardX import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from training.environment import device_name, versions
 from training.files import replace_file
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 Line = dict[str, Any]
 
@@ -57,6 +60,8 @@ def open_events(directory: Path) -> SummaryWriter:
 
     It is written in the background, and whole once it is closed.
     """
+    from tensorboardX import SummaryWriter
+
     shutil.rmtree(directory, ignore_errors=True)
     return SummaryWriter(str(directory), flush_secs=5)
 

@@ -61,6 +61,12 @@ class Job(NamedTuple):
     signals: StopSignals
 
 
+def seeds_at_once(first: int, count: int) -> list[list[int]]:
+    """The seeds in the groups that share a program: all of them, but on a CPU each alone."""
+    seeds = list(range(first, first + count))
+    return [seeds] if jax.default_backend() != "cpu" else [[seed] for seed in seeds]
+
+
 def train(job: Job, groups: Sequence[Sequence[int]]) -> bool:
     """Train all seeds, those of a group at once; groups of the same size share the compilation.
 

@@ -18,8 +18,10 @@ import compare_runs
 import plot_geometry
 import train_lm
 from ends import assert_same_end, figures
+from language import figures as language_figures
 from language import models, programs, recipes, text
 from test_processes import start_command, start_processes, wait_for
+from training.task import Epoch
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 TINY = "--width 16 --depth 2 --heads 2 --context 8 --batch_size 8 --steps 6 --eval_every 2"
@@ -195,6 +197,23 @@ def test_runs_are_drawn_as_those_on_images_are(whole, tmp_path, capsys):
     assert re.search(rf"adam_h +1 +6 +{loss:.4f} +{loss:.4f}", table), table
     assert "qwen3 on" in table and "validation loss" in table
     assert plot_geometry.main([str(whole), "--output", picture]) == 0
+
+
+def test_a_line_has_the_mean_learning_rate_of_its_steps():
+    schedule = recipes.make_schedule("cosine", 0.1, 20, 4)
+    line = language_figures.task(schedule).line(
+        Epoch(
+            number=8,
+            first_step=2,
+            items=1,
+            loss_sum=0.0,
+            counts={},
+            scores={"loss": 0.0},
+            items_per_second=1.0,
+        )
+    )
+    expected = np.mean([float(schedule(step)) for step in range(2, 8)])
+    assert line.learning_rate == pytest.approx(expected, rel=1e-5)  # six digits are written
 
 
 def test_another_text_is_another_run(words, whole, tmp_path, capsys):
