@@ -233,6 +233,8 @@ def in_view(fn: Callable[..., jax.Array], channel_axes: Axes, *arrays: jax.Array
     if len(set(shapes)) > 1:
         raise ValueError(f"the arrays have the shapes {', '.join(map(str, shapes))} and not one")
     groups = layout(shapes[0], channel_axes)
+    if groups.axes and any(map(jnp.iscomplexobj, arrays)):
+        raise TypeError("complex arrays have no spheres here; pass channel_axes=None")
     return groups.unview(fn(*(groups.view(widen(array)) for array in arrays), groups.axes))
 
 

@@ -54,13 +54,17 @@ def check_elements(check: Callable[..., None], **values: Any) -> None:
     """Each is a number that passes the check, or an array of such."""
     for name, value in values.items():
         if not isinstance(value, jax.core.Tracer):
-            for element in value.ravel().tolist() if hasattr(value, "ravel") else [value]:
+            is_array = hasattr(value, "ravel")
+            # Inside `jax.jit` a method of a constant would be traced.
+            for element in jax.device_get(value).ravel().tolist() if is_array else [value]:
                 check(**{name: element})
 
 
 def check_count(**values: Any) -> None:
     """Each is a number of times."""
     for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(f"{name} is traced, and has to be known: pass static_args={name!r}")
         try:
             enough = operator.index(value) >= 1
         except TypeError:

@@ -202,15 +202,15 @@ def _adam_with_nesterov(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, Any]:
         plain, new = adam.update(updates, state, params)
-        count, nu = optax.tree.get(new, "count"), optax.tree.get(new, "nu")
-        correction1, correction2 = (bias_correction(b, count) for b in (b1, b2))
+        assert isinstance(new, optax.ScaleByAdamState)
+        correction1, correction2 = (bias_correction(b, new.count) for b in (b1, b2))
 
         def add(u: jax.Array, g: jax.Array, nu: jax.Array) -> jax.Array:
             root = jnp.sqrt(nu / correction2.astype(nu.dtype)) + jnp.asarray(eps, nu.dtype)
             own = jnp.asarray(1 - b1, u.dtype) * g / (correction1.astype(u.dtype) * root)
             return jnp.asarray(b1, u.dtype) * u + own.astype(u.dtype)
 
-        return jax.tree.map(add, plain, updates, nu), new
+        return jax.tree.map(add, plain, updates, new.nu), new
 
     return optax.GradientTransformation(adam.init, update_fn)
 
@@ -265,7 +265,8 @@ def sgdp(
     check_shares(dampening=dampening)
     check_not_negative(weight_decay=weight_decay)
     undamped = optax.trace(momentum, nesterov=False)
-    direction = optax.chain(optax.scale(1 - dampening), undamped) if dampening else undamped
+    damped = not isinstance(dampening, int | float) or dampening  # what is traced may be any
+    direction = optax.chain(optax.scale(1 - dampening), undamped) if damped else undamped
     if nesterov:
         direction = _plus_gradient(direction, momentum)
     projected = project_where_invariant(

@@ -18,6 +18,7 @@ from spherical_optax._ground.selection import ChannelAxes, Leaf, map_selected
 from spherical_optax._ground.sums import inners, nonzero, squared_norm
 from spherical_optax._links.moments import check_moments
 from spherical_optax._links.radii import check_radius, radius_at_init
+from spherical_optax._links.ready import DecayMask, decay_flags
 
 Radius = float | Callable[[str, Any], ArrayLike] | None
 Retraction = Literal["normalize", "exp"]
@@ -112,6 +113,7 @@ def adam_h(
     radius: Radius = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_weight_decay: ArrayLike = 0.0,
+    adam_weight_decay_mask: DecayMask = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamH: Adam's direction on hyperballs, and AdamW elsewhere.
@@ -134,6 +136,8 @@ def adam_h(
       radius: of the spheres, see `hyperball`.
       adam_learning_rate: of the classic leaves, a number or a schedule; by default the same.
       adam_weight_decay: decoupled decay of the classic leaves, not negative.
+      adam_weight_decay_mask: those that decay: a tree of booleans, or a prefix of one, or a
+        callable from the parameters to one; by default all, gains and biases too.
       mu_dtype: dtype of the stored first moment; by default that of the parameters.
 
     Returns:
@@ -160,6 +164,8 @@ def adam_h(
         radius=radius,
         classic_learning_rate=adam_learning_rate,
         classic_weight_decay=adam_weight_decay,
+        classic_weight_decay_mask=adam_weight_decay_mask,
+        name="adam_h",
     )
 
 
@@ -173,12 +179,14 @@ def on_hyperballs(
     zero: Zero = "error",
     classic_learning_rate: optax.ScalarOrSchedule | None = None,
     classic_weight_decay: ArrayLike = 0.0,
+    classic_weight_decay_mask: DecayMask = None,
+    name: str = "hyperball",
 ) -> optax.GradientTransformationExtraArgs:
     """`hyperball`, with a learning rate and a decoupled decay of their own for classic leaves."""
-    for name, value, known in (("retraction", retraction, Retraction), ("zero", zero, Zero)):
+    for option, value, known in (("retraction", retraction, Retraction), ("zero", zero, Zero)):
         if value not in get_args(known):
             modes = ", ".join(map(repr, get_args(known)))
-            raise ValueError(f"{name}={value!r} is not one of {modes}")
+            raise ValueError(f"{option}={value!r} is not one of {modes}")
     if radius is not None and not callable(radius):
         check_radius(radius)
     if classic_learning_rate is None:
@@ -199,28 +207,32 @@ def on_hyperballs(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, HyperballState]:
-        params = need_params(params, "hyperball")
+        params = need_params(params, name)
         check_trees(channel_axes, updates, params)
         directions, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
         rates = (learning_rate, classic_learning_rate)
         eta, classic_eta = (rate(state.count) if callable(rate) else rate for rate in rates)
 
         def leaf(
-            axes: tuple[int, ...], u: jax.Array, r: jax.Array, x: jax.Array
+            axes: tuple[int, ...], u: jax.Array, r: jax.Array, x: jax.Array, decays: bool = True
         ) -> tuple[jax.Array, jax.Array]:
+            classic_rate = jnp.asarray(classic_eta, u.dtype)
             if not axes:
-                if not isinstance(classic_weight_decay, float) or classic_weight_decay:
+                if decays and (not isinstance(classic_weight_decay, float) or classic_weight_decay):
                     u = u + jnp.asarray(classic_weight_decay, u.dtype) * x
-                return -jnp.asarray(classic_eta, u.dtype) * u, r
+                return -classic_rate * u, r
             products = inners(axes, (x, x), (x, u), (u, u))
             # A group that was zero at init has the first norm that it came to.
             r = jax.lax.select(r == 0, jnp.sqrt(products[0]), r)
             rate = jnp.asarray(eta, u.dtype)
             if retraction == "normalize":
-                return _normalized_step(rate, u, x, products, r), r
-            return _geodesic_step(rate, u, x, products, r, axes), r
+                return _normalized_step(rate, u, x, products, r, classic_rate), r
+            return _geodesic_step(rate, u, x, products, r, axes, classic_rate), r
 
-        steps, radii = map_leaves(leaf, channel_axes, directions, state.radius, params=params)
+        flags = decay_flags(classic_weight_decay_mask, params)
+        steps, radii = map_leaves(
+            leaf, channel_axes, directions, state.radius, params=params, flags=flags
+        )
         # A direction may be wider, such as that of Optax's Adam with a wider mu_dtype.
         updates = optax.tree.cast_like(steps, updates)
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -230,13 +242,18 @@ def on_hyperballs(
 
 
 def _normalized_step(
-    eta: jax.Array, u: jax.Array, x: jax.Array, products: Sequence[jax.Array], r: jax.Array
+    eta: jax.Array,
+    u: jax.Array,
+    x: jax.Array,
+    products: Sequence[jax.Array],
+    r: jax.Array,
+    classic_eta: jax.Array,
 ) -> jax.Array:
     """`r N(x - eta r N(u)) - x`; the norm of the sum follows from sums of what is there before."""
     xx, xu, uu = products
     step = eta * r / nonzero(jnp.sqrt(uu))
     square = jnp.maximum(xx + step * (step * uu - 2 * xu), 0)
-    return _combine(x, u, r / nonzero(jnp.sqrt(square)), step, eta, r)
+    return _combine(x, u, r / nonzero(jnp.sqrt(square)), step, classic_eta, r)
 
 
 def _geodesic_step(
@@ -246,6 +263,7 @@ def _geodesic_step(
     products: Sequence[jax.Array],
     r: jax.Array,
     axes: tuple[int, ...],
+    classic_eta: jax.Array,
 ) -> jax.Array:
     """`r (cos(eta) N(x) - sin(eta) N(P_x(u))) - x`."""
     xx, xu, uu = products
@@ -256,17 +274,22 @@ def _geodesic_step(
     noise = (8 * jnp.finfo(u.dtype).eps) ** 2 * uu
     length = jnp.sqrt(jnp.where(vv > noise, vv, 0 * vv))
     scale = jnp.where(xx == 0, 1, jnp.cos(eta) * r / nonzero(jnp.sqrt(xx)))
-    turn = jnp.where(xx == 0, r, jnp.sin(eta) * r) / nonzero(length)
-    return _combine(x, v, scale, turn / nonzero(scale), eta, r)
+    turn = jnp.where((xx == 0) & (eta != 0), r, jnp.sin(eta) * r) / nonzero(length)
+    return _combine(x, v, scale, turn / nonzero(scale), classic_eta, r)
 
 
 def _combine(
-    x: jax.Array, u: jax.Array, scale: jax.Array, step: jax.Array, eta: jax.Array, r: jax.Array
+    x: jax.Array,
+    u: jax.Array,
+    scale: jax.Array,
+    step: jax.Array,
+    classic_eta: jax.Array,
+    r: jax.Array,
 ) -> jax.Array:
     """`scale (x - step u) - x`; 0 where the step is; a classic step where there is no radius."""
     idle = step == 0
     of_x = jnp.where(idle, 0 * scale, scale - 1)
-    of_u = jnp.where(r == 0, eta, scale * step)
+    of_u = jnp.where(r == 0, classic_eta, scale * step)
     return of_x * x - of_u * u
 
 
@@ -282,8 +305,10 @@ def _radii(leaf: Leaf, radius: Radius, zero: Zero) -> jax.Array:
                 f"{leaf.path}: radius has the shape {given.shape} and is neither a number nor one "
                 f"for each group, {counts}"
             )
-        if not isinstance(given, jax.core.Tracer) and not jnp.all((given > 0) & (given < math.inf)):
-            raise ValueError(f"{leaf.path}: radius={given} is not positive and finite")
+        if not isinstance(given, jax.core.Tracer):
+            known = jax.device_get(given)  # inside `jax.jit` a comparison would be traced
+            if not ((known > 0) & (known < math.inf)).all():
+                raise ValueError(f"{leaf.path}: radius={known} is not positive and finite")
         return zeros_per_group(value, leaf.groups) + given
     radii = radius_at_init(leaf)
     if isinstance(value, jax.ShapeDtypeStruct):

@@ -16,7 +16,7 @@ from spherical_optax._ground.hyperparams import (
 )
 from spherical_optax._ground.selection import ChannelAxes, path_labels, select
 from spherical_optax._links.hyperball import Radius, on_hyperballs
-from spherical_optax._links.ready import stateless_link
+from spherical_optax._links.ready import DecayMask, stateless_link
 
 
 def orthogonalize_per_group(
@@ -87,6 +87,7 @@ def muon_h(
     adam_b2: ArrayLike = 0.95,
     adam_eps: ArrayLike = 1e-8,
     adam_weight_decay: ArrayLike = 0.0,
+    adam_weight_decay_mask: DecayMask = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """MuonH: Muon's direction on hyperballs, and AdamW elsewhere.
@@ -113,6 +114,7 @@ def muon_h(
       adam_b2: decay of their second moment, in [0, 1).
       adam_eps: added to the root of the second moment.
       adam_weight_decay: decoupled decay of the classic leaves, not negative.
+      adam_weight_decay_mask: those that decay, see `adam_h`.
       mu_dtype: dtype of the stored momenta; by default that of the parameters.
 
     Returns:
@@ -152,4 +154,6 @@ def muon_h(
         radius=radius,
         classic_learning_rate=adam_learning_rate,
         classic_weight_decay=adam_weight_decay,
+        classic_weight_decay_mask=adam_weight_decay_mask,
+        name="muon_h",
     )

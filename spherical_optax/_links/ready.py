@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
+from spherical_optax._ground.groups import widen
 from spherical_optax._ground.hyperparams import check_rates, check_weight_decay
 from spherical_optax._ground.leaves import map_leaves, need_params
 from spherical_optax._ground.selection import ChannelAxes, select
+from spherical_optax._links.moments import decay_at
 
 # Which leaves decay: a tree of booleans, or a prefix of one as with Optax, or a callable from the
 # parameters to one; None: all.
@@ -20,7 +23,10 @@ DecayMask = optax.Params | Callable[[optax.Params], optax.Params] | None
 
 def decay_flags(mask: DecayMask, params: Any) -> optax.Params | None:
     """The tree of a mask, for the `flags` of `map_leaves`."""
-    tree = mask(params) if callable(mask) else mask
+    tree: Any = mask
+    # A mask of one of Equinox's modules is callable, as they are.
+    if callable(mask) and all(map(callable, jax.tree.leaves(mask))):
+        tree = mask(params)
     try:
         return None if tree is None else jax.tree.broadcast(tree, params)
     except ValueError:
@@ -61,26 +67,31 @@ def add_coupled_decay(
     `except_spherical` selects take no decay.
     """
     check_weight_decay(weight_decay)
-    decay = optax.add_decayed_weights(weight_decay)
 
-    def check(updates: optax.Updates, params: optax.Params) -> optax.Params | None:
-        flags = decay_flags(mask, params)
-        map_leaves(lambda axes, g, *_: (g,), None, updates, params=params, flags=flags)
-        return flags
+    def init_fn(params: optax.Params) -> optax.OptState:
+        del params
+        if callable(weight_decay):
+            return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+        return optax.EmptyState()
 
-    def init_fn(params):
-        check(params, params)
-        return decay.init(params)
-
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
         params = need_params(params, optimizer)
-        flags = check(updates, params)
+        count = state.count if callable(weight_decay) else 0
+        decay = decay_at(count, weight_decay)
 
-        def leaf(axes, g, decayed, decays=True):
-            return g if axes or not decays else decayed, decayed
+        def leaf(
+            axes: tuple[int, ...], g: jax.Array, x: jax.Array, decays: bool = True
+        ) -> tuple[jax.Array]:
+            if axes or decay is None or not decays:
+                return (g,)
+            return (g + jnp.asarray(decay, g.dtype) * x,)
 
-        decayed, state = decay.update(updates, state, params)
-        updates, _ = map_leaves(leaf, except_spherical, updates, decayed, flags=flags)
+        flags = decay_flags(mask, params)
+        (updates,) = map_leaves(leaf, except_spherical, updates, params=params, flags=flags)
+        if callable(weight_decay):
+            state = optax.ScaleByScheduleState(optax.safe_increment(count))
         return updates, state
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -92,12 +103,20 @@ def scale_by_learning_rate(
     """`optax.scale_by_learning_rate` that keeps the dtype of the updates.
 
     Optax multiplies by an array, such as one that `optax.inject_hyperparams` traces, in the wider
-    of the two dtypes.
+    of the two dtypes, and refuses to under strict promotion.
     """
     check_rates(learning_rate=learning_rate)
     rate = optax.scale_by_learning_rate(learning_rate)
 
-    def update_fn(updates, state, params=None):
+    def scaled(update: ArrayLike) -> jax.Array:
+        wide = widen(update)
+        return (-jnp.asarray(learning_rate, wide.dtype) * wide).astype(jnp.result_type(update))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, Any]:
+        if isinstance(learning_rate, jax.Array):
+            return jax.tree.map(scaled, updates), state
         new, state = rate.update(updates, state, params)
         return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), new, updates), state
 

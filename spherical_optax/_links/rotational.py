@@ -61,7 +61,9 @@ def rotational(
 
     |P_x(u)|² is taken by Pythagoras, which saves a round of sums: where a share p of u is tangent,
     it is exact to eps/p², eps being the rounding of the sums, and y is off the sphere by angle²/2
-    times that, until the next step. What is radial but for rounding moves nothing.
+    times that, until the next step. What is radial but for rounding moves nothing. A group that is
+    zero at init, or that init could not look at, takes classic steps until it has a norm, which is
+    its radius from then on.
 
     Args:
       direction: an optimizer without learning rate, sign and decay, such as
@@ -119,7 +121,7 @@ def rotational(
         check_trees(channel_axes, updates, params)
         directions, inner_state = direction.update(updates, state.inner_state, params, **extra_args)
         theta = angle(state.count) if callable(angle) else angle
-        count = state.count + 1
+        count = jnp.asarray(optax.safe_increment(state.count))
         correction = bias_correction(update_norm_decay, count)
 
         def leaf(
@@ -139,7 +141,9 @@ def rotational(
             vv = jax.lax.select(still, jnp.zeros_like(vv), vv)
             s = average(vv, s, update_norm_decay)
             length = jnp.sqrt(s / correction.astype(s.dtype)) + jnp.asarray(eps, s.dtype)
-            # A group of zeros has no radius, and takes the classic step.
+            # A group that was zero at init has the first norm that it came to; until then it takes
+            # the classic step.
+            r = jax.lax.select(r == 0, jnp.sqrt(xx), r)
             free = r == 0
             length = jax.lax.select(still, jnp.full_like(length, jnp.inf), length)
             step = jnp.where(free, eta, eta * r / length)

@@ -94,6 +94,7 @@ def with_geometry(
     Array(0.1, dtype=float32)
     """
     check_count(every=every)
+    every = operator.index(every)  # a NumPy integer would make the count as wide
     check_optimizer(optimizer=optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
 

@@ -69,3 +69,9 @@ def test_the_angles_of_equilibrium_take_schedules():
     for angle in (so.equilibrium_angle_of_sgd(rates, 0.1, momentum=0.0),
                   so.equilibrium_angle_of_sgd_mrt(rates, 0.1)):  # fmt: skip
         np.testing.assert_allclose(angle, np.sqrt(2 * rates * 0.1), rtol=1e-6)
+
+
+def test_parameters_may_have_the_names_of_a_state():
+    params = {"nu": jnp.ones((3, 2)), "count": jnp.ones(3)}
+    tx = so.adamp(0.1, nesterov=True, channel_axes=None)
+    assert tx.update(params, tx.init(params), params) is not None

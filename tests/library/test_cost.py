@@ -98,7 +98,7 @@ def test_a_direction_of_adam_is_kept_once(name, most):
         "adamp": 90,
         "sgdp": 75,
         "hyperball": 55,
-        "rotational": 60,
+        "rotational": 65,
         "with_geometry": 200,
     }.items(),
 )

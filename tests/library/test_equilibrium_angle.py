@@ -10,6 +10,12 @@ from images import recipes
 from plot_geometry import predicted_angle
 
 
+def test_numbers_of_a_compiled_function_may_be_constants():
+    rate = jnp.asarray(1e-3)
+    angle = jax.jit(lambda decay: so.equilibrium_angle(rate, decay))(0.1)
+    assert float(angle) == pytest.approx(float(so.equilibrium_angle(1e-3, 0.1)), rel=1e-6)
+
+
 def walk(
     optimizer: str, recipe: recipes.Recipe, learning_rate: float
 ) -> tuple[np.ndarray, np.ndarray]:

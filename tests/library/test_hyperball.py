@@ -255,3 +255,79 @@ def test_heads_of_a_flat_projection_are_matrices_of_their_own():
     for half in (slice(0, 4), slice(4, 8)):
         values = np.linalg.svd(u[:, half], compute_uv=False)
         assert np.all((0.6 < values) & (values < 1.3))
+
+
+@pytest.mark.parametrize("retraction", ["normalize", "exp"])
+def test_a_group_of_zeros_waits_for_a_rate(retraction):
+    x, g = zero_start(), jnp.ones((4, 3))
+    tx = so.hyperball(
+        optax.identity(),
+        lambda count: 0.1 * count,
+        channel_axes=-1,
+        radius=2.0,
+        retraction=retraction,
+    )
+    state = tx.init(x)
+    updates, state = tx.update(g, state, x)
+    np.testing.assert_array_equal(updates[:, 1], 0)
+    updates, _ = tx.update(g, state, x)
+    assert float(jnp.linalg.norm(updates[:, 1])) == pytest.approx(2.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 3)])
+def test_radii_may_be_constants_of_a_compiled_function(shape):
+    x = jnp.ones((4, 3))
+    good, bad = (jnp.full(shape, radius, jnp.float32) for radius in (2, -1))
+
+    def init(radius):
+        return so.hyperball(
+            optax.identity(), 0.1, channel_axes=-1, radius=lambda path, leaf: radius
+        ).init
+
+    assert jax.jit(init(good))(x).radius.shape == jax.eval_shape(init(good), x).radius.shape
+    with pytest.raises(ValueError, match="not positive and finite"):
+        jax.jit(init(bad))(x)
+
+
+def test_a_group_of_zeros_takes_the_first_radius_that_it_comes_to():
+    """With `rotational`, as with hyperball's zero="skip"."""
+    x, g = zero_start(), jnp.ones((4, 3))
+    tx = so.rotational(optax.identity(), 0.1, channel_axes=-1)
+    state, radii = tx.init(x), []
+    for step in range(4):
+        updates, state = tx.update(jnp.roll(g.at[0].set(-3.0), step, 0), state, x)
+        x = optax.apply_updates(x, updates)
+        radii.append(float(jnp.linalg.norm(x[:, 1])))
+    np.testing.assert_allclose(radii, 0.1 * np.sqrt(12), rtol=1e-5)
+    seen, unseen = tx.init(x), tx.init(jax.eval_shape(lambda: x))
+    for state in (seen, unseen):
+        updates, _ = tx.update(g, state, x)
+        np.testing.assert_allclose(
+            jnp.linalg.norm(x + updates, axis=0), jnp.linalg.norm(x, axis=0), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("factory", [so.adam_h, so.muon_h])
+def test_a_mask_says_which_classic_leaves_decay(factory):
+    params = {"w": jnp.eye(3), "head": jnp.ones((3, 3)), "gain": jnp.ones(3)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+
+    def updates(**decay):
+        tx = factory(0.1, channel_axes=so.by_path({"w": ()}), **decay)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    plain, all_decay = updates(), updates(adam_weight_decay=0.5)
+    mask = {"w": True, "head": True, "gain": False}
+    for form in (mask, lambda _: mask):
+        masked = updates(adam_weight_decay=0.5, adam_weight_decay_mask=form)
+        np.testing.assert_array_equal(masked["gain"], plain["gain"])
+        np.testing.assert_array_equal(masked["head"], all_decay["head"])
+        np.testing.assert_array_equal(masked["w"], plain["w"])
+    assert np.all(np.asarray(all_decay["gain"]) < 0)
+
+
+def test_a_kernel_of_zeros_that_init_cannot_see_takes_the_classic_rate():
+    tx = so.adam_h(0.5, channel_axes=(), adam_learning_rate=0.001)
+    x = jnp.zeros((2, 2))
+    updates, _ = tx.update(jnp.ones((2, 2)), jax.jit(tx.init)(x), x)
+    np.testing.assert_allclose(updates, -0.001, rtol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 import spherical_optax as so
 from cases import (
     GRADS,
+    MATRICES,
     cases_apart,
     every_case,
     make,
@@ -41,8 +42,10 @@ def test_extra_arguments_pass_through_a_chain(name):
 
 HYPERPARAMETERS = {
     "adam_g": {"learning_rate": 0.1},
+    "adam_h": {"learning_rate": 0.1, "adam_weight_decay": 0.01},
     "adam_s": {"learning_rate": 0.1, "weight_decay": 0.01},
     "adam_srt": {"learning_rate": 0.1, "weight_decay": 0.01},
+    "adamp": {"learning_rate": 0.1, "weight_decay": 0.01, "nesterov": True},
     "normalize_per_group": {},
     "project_to_tangent_space": {},
     "reproject_to_sphere": {},
@@ -50,6 +53,7 @@ HYPERPARAMETERS = {
     "scale_by_adam_s": {},
     "scale_by_adam_srt": {},
     "sgd_mrt": {"learning_rate": 0.1, "weight_decay": 0.01},
+    "sgdp": {"learning_rate": 0.1, "weight_decay": 0.01},
     "trace_rt": {"decay": 0.9},
 }
 
@@ -70,7 +74,8 @@ def test_injected_hyperparameters_give_the_same_trajectory(name):
     )
 
 
-@pytest.mark.parametrize("name", HYPERPARAMETERS)
+# Optax's own directions take the dtype of their hyper-parameters.
+@pytest.mark.parametrize("name", sorted(HYPERPARAMETERS.keys() - {"adam_h", "adamp", "sgdp"}))
 def test_injected_hyperparameters_keep_dtypes(name):
     params, grads = random_tree(0, "bfloat16"), random_tree(1, "bfloat16")
     # apply_if_finite selects between branches, which must have equal types.
@@ -79,6 +84,26 @@ def test_injected_hyperparameters_keep_dtypes(name):
     updates, after = jax.eval_shape(tx.update, grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
     assert state_types(after) == state_types(state)
+
+
+@pytest.mark.parametrize("name", ["adam_g", "adam_s", "adam_srt", "sgd_mrt"])
+def test_hyperparameters_in_float32_fit_narrower_parameters(name):
+    params, grads = random_tree(0, "bfloat16"), random_tree(1, "bfloat16")
+    tx = injected(name)
+    with jax.numpy_dtype_promotion("strict"):
+        updates, _ = tx.update(grads, tx.init(params), params)
+    expected, _ = make(name).update(grads, make(name).init(params), params)
+    chex.assert_trees_all_close(updates, expected, rtol=2**-7)  # bfloat16, rounded elsewhere
+
+
+@pytest.mark.parametrize("name", ["sgdp", "muon_h"])
+def test_hyperparameters_can_be_injected_where_all_is_compiled(name):
+    static = {"channel_axes", "ns_steps"} & set(getattr(so, name).__code__.co_varnames)
+    tx = optax.inject_hyperparams(getattr(so, name), static_args=static)(
+        0.1, channel_axes=MATRICES if name == "muon_h" else AXES
+    )
+    assert jax.jit(tx.init)(PARAMS) is not None
+    assert jax.jit(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS) is not None
 
 
 def test_an_injected_learning_rate_can_be_changed():

@@ -1,7 +1,9 @@
 """The optimizers against the oracle, Adam and SGD, and the public links that they are chains of."""
 
 import itertools
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -206,6 +208,40 @@ def test_a_mask_may_be_a_prefix_or_of_other_containers(name):
     assert_same = partial(jax.tree.map, np.testing.assert_array_equal)
     assert_same(updates({"a": True, "b": False}), updates(whole))
     assert_same(updates(whole | {"b": (False, False)}), updates(whole))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_with_a_mask_can_be_shaped_and_mapped(name):
+    params = {"conv": jnp.ones((3, 2)), "head": jnp.ones(3)}
+    mask = {"conv": True, "head": False}
+    tx = OPTIMIZERS[name](weight_decay=0.1, weight_decay_mask=mask, channel_axes=-1)
+    chex.assert_trees_all_equal_shapes(jax.eval_shape(tx.init, params), tx.init(params))
+    chex.assert_trees_all_equal_shapes(tx.init(jax.eval_shape(lambda: params)), tx.init(params))
+    assert optax.tree.map_params(tx, lambda x: x, tx.init(params)) is not None
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Module:
+    """As those of Equinox, which are functions and trees."""
+
+    kernel: Any
+    bias: Any
+
+    def __call__(self, x):
+        return x @ self.kernel + self.bias
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_mask_that_is_a_module_is_a_tree(name):
+    params, mask = Module(jnp.ones((3, 2)), jnp.ones(2)), Module(True, False)
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def updates(mask):
+        tx = OPTIMIZERS[name](weight_decay=0.1, weight_decay_mask=mask, channel_axes=None)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    chex.assert_trees_all_equal(updates(mask), updates(lambda _: mask))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

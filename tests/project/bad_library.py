@@ -62,6 +62,7 @@ AXES_OF_ARRAYS = {
     "so.group_norm('x', channel_axes=-1)": "TypeError: str is no array",
     "so.group_norm(None, channel_axes=-1)": "TypeError: NoneType is no array",
     "so.retract(X, jnp.ones(2), channel_axes=-1)": "ValueError: shapes (3, 2), (2,) and not one",
+    "so.group_norm(1j * X, channel_axes=-1)": "TypeError: complex arrays have no spheres here",
     "so.angle(X, PARAMS, channel_axes=-1)": "TypeError: dict is no array",
 }
 SELECTIONS = {
@@ -149,6 +150,9 @@ HYPERPARAMETERS = {
     "so.reproject_to_sphere(np.ones(1), channel_axes=-1)": "ValueError: is not one number",
     "so.project_to_sphere(PARAMS, None, channel_axes=AXES)": "ValueError: radius=None is not one",
     "so.hyperball(optax.adam, 0.1, channel_axes=-1)": "TypeError: is no gradient transformation",
+    "jax.jit(lambda n: so.orthogonalize_per_group(ns_steps=n, channel_axes=()))(2)": (
+        "ValueError: ns_steps is traced, and has to be known: pass static_args='ns_steps'"
+    ),
     "so.equilibrium_angle(-0.1, 0.1)": "ValueError: learning_rate=-0.1 is not a finite number from",
     "so.equilibrium_angle(0.1, np.asarray([0.1, NAN]))": "ValueError: weight_decay=nan is not a fi",
     "so.equilibrium_angle(optax.constant_schedule(0.1), 0.1)": "ValueError: learning_rate=<functio",
@@ -164,7 +168,7 @@ USES = {
     "so.adam_srt(channel_axes=-1)": "TypeError: learning_rate",
     "use(so.adam_s(0.1, **masked({'conv': True})))": "ValueError: head: in the updates but not at ",
     "use(so.sgd_mrt(0.1, **masked({'conv': True})))": "ValueError: head: in the updates but not at",
-    "so.adam_g(0.1, **masked({'conv': True})).init(PARAMS)": "ValueError: head: in the updates but",
+    "use(so.adam_g(0.1, **masked({'conv': True})))": "ValueError: head: in the updates but not at",
     "use(so.adam_srt(0.1, **masked(lambda params: params | {'x': X})))": "ValueError: x: in the ma",
     "use(so.adam_srt(0.1, channel_axes=AXES), grads={'conv': X})": "ValueError: head: in the optim",
     "use(so.adam_srt(0.1, channel_axes=AXES), grads=PARAMS | {'head': X.T})": (
