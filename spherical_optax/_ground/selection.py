@@ -1,4 +1,4 @@
-"""Which leaves of a parameter tree are spherical, and how an update visits them.
+"""Which leaves of a parameter tree are spherical, and in which groups.
 
 A selection is a value of `channel_axes`: one for all leaves, or a callable `(path, leaf) -> axes`.
 Paths are names joined by `/`, the same whether the tree is a dict, an NNX state or an Equinox
