@@ -181,7 +181,7 @@ def test_a_cell_that_does_not_fit(no_training, tmp_path, capsys, monkeypatch):
     assert captured.err == (
         f"training_throughput.py: failed: steps resnet20 float32 16 1 adam: {message}\n"
     )
-    assert "\n1 measured, 1 failed, 2 there; " in captured.out
+    assert "\n1 measured, 1 failed, 1 there; " in captured.out
     assert [line.get("error") for line in read(tmp_path)] == [message, None]
     assert message in (tmp_path / "table.md").read_text()
 

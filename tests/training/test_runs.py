@@ -230,7 +230,7 @@ def test_seeds_that_were_trained_in_turn_are_not_resumed_at_once(tmp_path, monke
     with monkeypatch.context() as patch:
         signal_at(patch, "seed 4: epoch 2/4", signal.SIGTERM)
         assert train(output, "--seeds", "2") == 143
-    monkeypatch.setattr(train_cifar, "_groups", lambda args: [[3, 4]])
+    monkeypatch.setattr(runs, "seeds_at_once", lambda *_: [[3, 4]])
     assert train(output, "--seeds", "2", "--resume") == 2
     assert "holds a run with seeds_at_once 1 and not 2" in capsys.readouterr().err
 
@@ -258,7 +258,7 @@ def test_several_seeds(together, whole, tmp_path, monkeypatch, capsys):
     """One after another, as on a CPU, or at once, as on a GPU; stopped and resumed."""
     output = tmp_path / "run"
     if together:
-        monkeypatch.setattr(train_cifar, "_groups", lambda args: [[1, 2, 3]])
+        monkeypatch.setattr(runs, "seeds_at_once", lambda *_: [[1, 2, 3]])
     options = "--seed 1 --seeds 3 --tensorboard".split()
     with monkeypatch.context() as patch:
         line = "epoch 2/4" if together else "seed 2: epoch 2/4"
@@ -310,7 +310,7 @@ def test_a_seed_that_fails_leaves_the_others(together, tmp_path, monkeypatch, ca
 
     monkeypatch.setitem(models.MODELS, "resnet20", fragile)
     if together:
-        monkeypatch.setattr(train_cifar, "_groups", lambda args: [[1, 2, 3]])
+        monkeypatch.setattr(runs, "seeds_at_once", lambda *_: [[1, 2, 3]])
     output = tmp_path / "run"
     assert train(output, "--seed", "1", "--seeds", "3") == 1
     out, err = capsys.readouterr()
