@@ -34,6 +34,7 @@ from sweep import lm_report, lm_runs
 from sweep.lm_runs import Key, Run
 from training.command import a_path, make_parser, number, one_of, positive, several
 from training.ending import leave
+from training.files import CHECKPOINTS, FAILED
 from training.options import seed_count
 from training.signals import Stopped, StopSignals
 
@@ -123,9 +124,9 @@ def _train(args: argparse.Namespace, wanted: Sequence[Key], received: list[int])
             code = call(_command(args, key, home / "run"), lock, received)
             # A loss that is no number is a result as well: that learning rate is too large. Any
             # other failure, such as of a full disk, is none.
-            if code == 0 or (code == 1 and (home / "run" / "failed.json").exists()):
+            if code == 0 or (code == 1 and (home / "run" / FAILED).exists()):
                 run_lines.append(args.output / RUNS, lm_runs.line(key, home / "run"))
-                shutil.rmtree(home / "run" / "checkpoints", ignore_errors=True)
+                shutil.rmtree(home / "run" / CHECKPOINTS, ignore_errors=True)
         if not received and key not in _load(args):
             failures.append(f"{key}: {ending(code)}")
     return failures

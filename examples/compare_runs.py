@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from training import ending
+from training.files import METRICS, SUMMARY
 from training.run_pictures import (
-    METRICS,
     Arguments,
     Refused,
     check_number,
@@ -48,7 +48,6 @@ examples:
   python examples/compare_runs.py runs/adam runs/adamsrt
   python examples/compare_runs.py runs/table/cells/cifar10/resnet20 --output resnet20.png
 """
-SUMMARY = "summary.json"  # of a finished run
 ZOOM_FROM = 6  # epochs; longer runs show their last third again, in panels of its own
 
 # Line, marker and lightness vary together, so that a print in grey can be read. Their counts have

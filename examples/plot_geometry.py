@@ -22,9 +22,8 @@ import language.recipes as of_text
 from images import recipes
 from training import ending
 from training.command import one_of, several
+from training.files import ARGUMENTS, GEOMETRY, METRICS
 from training.run_pictures import (
-    ARGUMENTS,
-    METRICS,
     Arguments,
     Refused,
     check_number,
@@ -56,7 +55,6 @@ examples:
   python examples/plot_geometry.py runs/sgd runs/sgdmrt runs/adam runs/adamsrt
   python examples/plot_geometry.py runs/three_seeds --measures turn_per_gradient,angle
 """
-GEOMETRY = "geometry.jsonl"  # of a run
 MOST = 10  # columns
 
 COLORMAP, LIGHTEST = "viridis", 0.88  # of its range; beyond, it is too pale on white

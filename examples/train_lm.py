@@ -16,7 +16,7 @@ from typing import Any
 
 from language import recipes
 from training import ending, options
-from training.command import Refused, a_path, choice, make_parser, number, positive
+from training.command import Refused, a_path, choice, make_parser, positive
 from training.signals import StopSignals
 
 EXAMPLES = """\
@@ -302,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--warmup_steps",
-        type=_count,
+        type=options.from_zero,
         metavar="N",
         help="while the learning rates rise (default: a tenth of --steps)",
     )
@@ -347,10 +347,6 @@ def _parser() -> argparse.ArgumentParser:
     options.add_output(parser, "evaluation")
     options.add_processes(parser)
     return parser
-
-
-def _count(text: str) -> int:
-    return number(text, int, lambda value: value >= 0, "an integer from 0")
 
 
 def _mesh(text: str) -> dict[str, int]:

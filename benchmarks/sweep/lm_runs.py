@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import run_lines
+from training.files import ARGUMENTS, METRICS, SUMMARY
 
 PROTOCOL = ("depth", "heads", "context", "batch_size", "steps", "eval_every", "text_sha256")
 
@@ -43,11 +44,11 @@ class Run(NamedTuple):
 
 def line(key: Key, directory: Path) -> bytes:
     """A line of what the trainer left in a directory; without losses where it failed."""
-    arguments = json.loads((directory / "arguments.json").read_bytes())
+    arguments = json.loads((directory / ARGUMENTS).read_bytes())
     content = {"arguments": {**arguments, "seed": key.seed}, "losses": []}
-    if (directory / "summary.json").exists():
-        summary = json.loads((directory / "summary.json").read_bytes())
-        curve = [json.loads(one) for one in (directory / "metrics.jsonl").open("rb")]
+    if (directory / SUMMARY).exists():
+        summary = json.loads((directory / SUMMARY).read_bytes())
+        curve = [json.loads(one) for one in (directory / METRICS).open("rb")]
         content["losses"] = [round(float(one["valid_loss"]), 6) for one in curve]
         names = ("seconds", "tokens_per_second", "versions", "device", "git_revision")
         content |= {name: summary[name] for name in names}

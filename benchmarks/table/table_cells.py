@@ -21,7 +21,7 @@ from common.benchmark_command import RUNS
 from common.trainer_calls import take
 from table import table_runs
 from table.table_runs import Key
-from training.files import read_if_whole
+from training.files import CHECKPOINTS, METRICS, SUMMARY, read_if_whole
 
 
 class Cell(NamedTuple):
@@ -70,10 +70,10 @@ def close(output: Path, cell: Cell) -> None:
     lines = ""
     for key in sorted(cell.keys() - recorded):
         run = home if len(cell.seeds) == 1 else home / f"seed-{key[2]}"
-        summary = read_if_whole(run / "summary.json")
+        summary = read_if_whole(run / SUMMARY)
         if summary:
             try:
-                curve = [json.loads(line) for line in (run / "metrics.jsonl").open("rb")]
+                curve = [json.loads(line) for line in (run / METRICS).open("rb")]
             except (ValueError, OSError):
                 print(
                     f"warning: {run / 'metrics.jsonl'} is damaged or missing: remove {run} to have "
@@ -85,7 +85,7 @@ def close(output: Path, cell: Cell) -> None:
     if lines:
         run_lines.append(output / RUNS, lines.encode())
     if lines or recorded:
-        for checkpoints in (*home.glob("checkpoints"), *home.glob("seed-*/checkpoints")):
+        for checkpoints in (*home.glob(CHECKPOINTS), *home.glob(f"seed-*/{CHECKPOINTS}")):
             shutil.rmtree(checkpoints, ignore_errors=True)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common.words import distinct
 from images import recipes
 from table.paper_figures import (
     NOT_COMPARABLE,
@@ -66,9 +67,9 @@ def table(runs: Mapping[Key, Run]) -> str:
         f"* batch size: {protocol.batch_size}",
         f"* precision: {protocol.precision}",
         f"* data: {protocol.stand_in or 'that of each setting'}",
-        f"* device: {_distinct(run.device for run in every)}",
+        f"* device: {distinct(run.device for run in every)}",
         f"* versions: {_versions(every)}",
-        f"* git revision: {_distinct(run.git_revision or 'unknown' for run in every)}",
+        f"* git revision: {distinct(run.git_revision or 'unknown' for run in every)}",
         "",
         "![the same as a picture](table.png)",
         "",
@@ -141,7 +142,7 @@ def _table_row(runs: Mapping[Key, Run], setting: str, optimizer: str, beside: bo
             f"{statistics.fmean(run.seconds for run in row):.0f}",
             f"{statistics.fmean(run.compile_seconds for run in row):.1f}",
             f"{statistics.fmean(rates):.0f}" if rates else "–",
-            _distinct(str(run.seeds_at_once) for run in row),
+            distinct(str(run.seeds_at_once) for run in row),
         )
     return f"| {' | '.join([optimizer, *cells])} |"
 
@@ -183,10 +184,6 @@ def _title(setting: str, protocol: Protocol) -> str:
 def _present(runs: Mapping[Key, Run], field: int, order: Sequence[str]) -> list[str]:
     names = {key[field] for key in runs}
     return [name for name in order if name in names]
-
-
-def _distinct(values: Iterable[str]) -> str:
-    return ", ".join(sorted(set(values)))
 
 
 def _versions(runs: Sequence[Run]) -> str:

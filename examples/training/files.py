@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and what is said of others."""
+"""A run's files by name; files that are whole or not there at all, and what is said of others."""
 
 import json
 import os
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from training.command import Refused
+
+ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
+GEOMETRY = "geometry.jsonl"
+FAILED = "failed.json"  # of a run whose loss became infinite or no number, and why
+CHECKPOINTS = "checkpoints"
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

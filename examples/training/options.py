@@ -69,7 +69,9 @@ def add_processes(parser: Any) -> None:
     several.add_argument(
         "--num_processes", type=positive, metavar="N", help="how many processes there are"
     )
-    several.add_argument("--process_id", type=_index, metavar="I", help="which one this is, from 0")
+    several.add_argument(
+        "--process_id", type=from_zero, metavar="I", help="which one this is, from 0"
+    )
 
 
 def check(parser: Any, args: argparse.Namespace) -> None:
@@ -103,7 +105,8 @@ def _coordinator(text: str) -> str:
     )
 
 
-def _index(text: str) -> int:
+def from_zero(text: str) -> int:
+    """An integer from 0."""
     return number(text, int, lambda value: value >= 0, "an integer from 0")
 
 

@@ -9,14 +9,18 @@ from typing import Any
 
 from training.command import Refused
 from training.display import say
-from training.files import read_if_whole, read_object, why_not_writable
+from training.files import (
+    ARGUMENTS,
+    CHECKPOINTS,
+    GEOMETRY,
+    METRICS,
+    SUMMARY,
+    read_if_whole,
+    read_object,
+    why_not_writable,
+)
 from training.processes import leads
 from training.records import write_json
-
-ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
-GEOMETRY = "geometry.jsonl"
-FAILED = "failed.json"  # of a run whose loss became infinite or no number, and why
-CHECKPOINTS = "checkpoints"
 
 
 class OutputError(Refused):

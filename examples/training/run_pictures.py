@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.command import Refused, a_path, make_parser
-from training.files import parse_object, read_bytes, read_object, replace_file
+from training.files import ARGUMENTS, METRICS, parse_object, read_bytes, read_object, replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARGUMENTS, METRICS = "arguments.json", "metrics.jsonl"  # of a run
 SETTING = ("dataset", "model", "optimizer")
 OWN = ("learning_rate", "weight_decay")  # every optimizer's recipe has its own
 ASIDE = ("seeds", "seeds_at_once", "geometry")  # these do not change a run

@@ -15,19 +15,16 @@ import orbax.checkpoint as ocp
 
 from training import checkpoints, geometry, loop, records
 from training.display import epoch_line, progress_bar, say, seed_name
-from training.files import read_if_whole
-from training.outputs import (
+from training.files import (
     ARGUMENTS,
     CHECKPOINTS,
     FAILED,
     GEOMETRY,
     METRICS,
     SUMMARY,
-    OutputError,
-    check_same,
-    is_finished,
-    run_directories,
+    read_if_whole,
 )
+from training.outputs import OutputError, check_same, is_finished, run_directories
 from training.processes import leads, make_stop
 from training.signals import Stopped, StopSignals
 from training.task import Metrics, Result, Task, number, where
