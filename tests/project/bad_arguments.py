@@ -144,7 +144,7 @@ REPRODUCE_TABLE = {
     "--output=": "argument --output: the path is empty",
     "--output {long}": ": File name too long",
     "--output file": "cannot write to file: file is not a directory",
-    "--output file/table": "cannot write to file/table: file is not a directory",
+    "--output file/table": "/file is not a directory",
     "--report --output nowhere": "there are no runs in nowhere/runs.jsonl",
 }
 LM_SWEEP = {
