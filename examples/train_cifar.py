@@ -51,6 +51,9 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         from training import environment, outputs, processes, runs
         from training.display import say
 
+        if args.tensorboard:  # else a refusal would come after files
+            import tensorboardX  # noqa: F401
+
     devices = environment.devices()
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
     groups = runs.seeds_at_once(args.seed, args.seeds)

@@ -52,6 +52,9 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         from training import environment, outputs, runs
         from training.display import say
 
+        if args.tensorboard:  # else a refusal would come after files
+            import tensorboardX  # noqa: F401
+
     devices = environment.devices()
     mesh = programs.make_mesh(devices, _mesh_shape(args.mesh, len(devices)))
     content = text.load(args.text)

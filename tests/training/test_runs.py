@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -356,3 +357,10 @@ def test_tensorboard_has_every_epoch_once_after_resuming(tmp_path, monkeypatch):
     ]
     assert len(expected) == 4 * (len(tags) + 6 * 3)
     assert sorted(read_events(path)) == sorted(expected, key=lambda e: e[:2])
+
+
+def test_tensorboard_without_its_package_is_refused_before_any_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    assert train(tmp_path / "run", "--tensorboard") == 2
+    assert "tensorboardX" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert train(tmp_path / "run") == 0  # nor is it needed
