@@ -56,7 +56,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
 
     devices = environment.devices()
     recipe, exact = recipes.recipe(args.dataset, args.model, args.optimizer)
-    groups = runs.seeds_at_once(args.seed, args.seeds)
+    groups = runs.seeds_at_once(args.seed, args.seeds, convolutions=True)
     arguments = _arguments(args, recipe) | {"seeds_at_once": len(groups[0])}
     rate, decay = arguments["learning_rate"], arguments["weight_decay"]
     if outputs.is_done(args.output, arguments, resume=args.resume):
@@ -133,7 +133,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
             f"{steps} steps an epoch, on {several}{devices[0].device_kind}."
         )
         if len(groups) > 1:
-            say("One seed after another: on a CPU that is faster than several at once.")
+            say("One seed after another: that is faster here than several at once.")
         return 0 if runs.train(job, groups) else 1
 
 

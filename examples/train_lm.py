@@ -61,7 +61,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
     for name, part in (("training", content.train), ("validation", content.valid)):
         if len(part) <= args.context:
             raise Refused(f"the {len(part)} bytes for {name} hold no window of --context + 1")
-    groups = runs.seeds_at_once(args.seed, args.seeds)
+    groups = runs.seeds_at_once(args.seed, args.seeds, convolutions=False)
     style = _style(args)
     arguments = _arguments(args, style, content) | {"seeds_at_once": len(groups[0])}
     if outputs.is_done(args.output, arguments, resume=args.resume):
@@ -122,7 +122,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         )
         _say_what(args, arguments, content, mesh, make_model)
         if len(groups) > 1:
-            say("One seed after another: on a CPU that is faster than several at once.")
+            say("One seed after another: that is faster here than several at once.")
         return 0 if runs.train(job, groups) else 1
 
 

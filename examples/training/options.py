@@ -19,8 +19,8 @@ def add_seeds(parser: Any, of: str) -> None:
         type=seed_count,
         default=1,
         metavar="K",
-        help="train K networks, with the seeds from --seed on, at once (on a CPU one after "
-        "another); each has its files in DIR/seed-N (default: %(default)s)",
+        help="train K networks, with the seeds from --seed on; each has its files in DIR/seed-N "
+        "(default: %(default)s)",
     )
 
 

@@ -58,10 +58,14 @@ class Job(NamedTuple):
     signals: StopSignals
 
 
-def seeds_at_once(first: int, count: int) -> list[list[int]]:
-    """The seeds in the groups that share a program: all of them, but on a CPU each alone."""
+def seeds_at_once(first: int, count: int, *, convolutions: bool) -> list[list[int]]:
+    """The seeds in the groups that share a program: all, or each alone where that is faster.
+
+    On a CPU it is; and with convolutions, as those with a kernel of each seed are slow on a GPU.
+    """
     seeds = list(range(first, first + count))
-    return [seeds] if jax.default_backend() != "cpu" else [[seed] for seed in seeds]
+    alone = convolutions or jax.default_backend() == "cpu"
+    return [[seed] for seed in seeds] if alone else [seeds]
 
 
 def train(job: Job, groups: Sequence[Sequence[int]]) -> bool:

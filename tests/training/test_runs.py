@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -231,7 +232,7 @@ def test_seeds_that_were_trained_in_turn_are_not_resumed_at_once(tmp_path, monke
     with monkeypatch.context() as patch:
         signal_at(patch, "seed 4: epoch 2/4", signal.SIGTERM)
         assert train(output, "--seeds", "2") == 143
-    monkeypatch.setattr(runs, "seeds_at_once", lambda *_: [[3, 4]])
+    monkeypatch.setattr(runs, "seeds_at_once", lambda *_, **__: [[3, 4]])
     assert train(output, "--seeds", "2", "--resume") == 2
     assert "holds a run with seeds_at_once 1 and not 2" in capsys.readouterr().err
 
@@ -254,12 +255,21 @@ def test_the_newest_two_checkpoints_are_kept_with_the_best_network(whole):
     assert any("state" in name and "mu" in name and "conv" in name for name in arrays)
 
 
+def test_only_language_models_on_a_gpu_are_trained_at_once(monkeypatch):
+    alone = [[3], [4]]
+    for convolutions in (False, True):
+        assert runs.seeds_at_once(3, 2, convolutions=convolutions) == alone
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert runs.seeds_at_once(3, 2, convolutions=True) == alone
+    assert runs.seeds_at_once(3, 2, convolutions=False) == [[3, 4]]
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_several_seeds(together, whole, tmp_path, monkeypatch, capsys):
-    """One after another, as on a CPU, or at once, as on a GPU; stopped and resumed."""
+    """One after another, or at once, as language models on a GPU; stopped and resumed."""
     output = tmp_path / "run"
     if together:
-        monkeypatch.setattr(runs, "seeds_at_once", lambda *_: [[1, 2, 3]])
+        monkeypatch.setattr(runs, "seeds_at_once", lambda *_, **__: [[1, 2, 3]])
     options = "--seed 1 --seeds 3 --tensorboard".split()
     with monkeypatch.context() as patch:
         line = "epoch 2/4" if together else "seed 2: epoch 2/4"
@@ -311,7 +321,7 @@ def test_a_seed_that_fails_leaves_the_others(together, tmp_path, monkeypatch, ca
 
     monkeypatch.setitem(models.MODELS, "resnet20", fragile)
     if together:
-        monkeypatch.setattr(runs, "seeds_at_once", lambda *_: [[1, 2, 3]])
+        monkeypatch.setattr(runs, "seeds_at_once", lambda *_, **__: [[1, 2, 3]])
     output = tmp_path / "run"
     assert train(output, "--seed", "1", "--seeds", "3") == 1
     out, err = capsys.readouterr()
