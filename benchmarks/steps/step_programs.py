@@ -26,6 +26,7 @@ from steps.step_runs import Figures
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 5e-4  # coupled L2, except for adamw and muon, which keep their own
+STEPS = 20  # of a call on a GPU, where a call takes Python longer than a step takes the device
 TIMING_SECONDS = 0.05  # a timing repeats the step until it takes at least this
 MAX_SECONDS = 20.0  # of all timings of an optimizer,
 MIN_ROUNDS = 3  # but fewer have no quartiles
@@ -42,13 +43,14 @@ class Tree(NamedTuple):
 class Program(NamedTuple):
     """An optimizer at work on its own copy of a tree's parameters."""
 
-    step: Callable[[], None]  # begins a step where the last one ends
+    step: Callable[[], None]  # a call: begins its steps where the last ones end
     wait: Callable[[], object]  # until all steps are done
     renew: Callable[[], object]  # moves all arrays to other places in memory
     state_bytes: int
     bytes_accessed: float | None = None  # by XLA's cost analysis, of one step
     temporary_bytes: int | None = None
-    compile_seconds: float | None = None  # from the Python function to the program
+    compile_seconds: float | None = None  # from the Python function to the program of a step
+    steps: int = 1  # of a call
 
 
 def make_tree(model: str) -> Tree:
@@ -173,8 +175,13 @@ def compile_step(
     params: Any,
     grads: Any,
     out_shardings: Any = None,
+    *,
+    steps: int = 1,
 ) -> jax.stages.Compiled:
-    """Compiles (state, params, grads) -> (state, params) with state and params updated in place."""
+    """Compiles (state, params, grads) -> (state, params) with state and params updated in place.
+
+    Of several steps all have the same gradients.
+    """
 
     def step(state, params, grads):
         updates, state = tx.update(grads, state, params)
@@ -182,22 +189,40 @@ def compile_step(
         # this order, and XLA would copy all that it finds in another's place.
         return state, optax.apply_updates(params, updates)
 
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
+    def several(state, params, grads):
+        def body(arrays, _):
+            # Tied to what changes, so that what depends on the gradients alone stays in the loop.
+            state, params, held = jax.lax.optimization_barrier((*arrays, grads))
+            return step(state, params, held), None
+
+        return jax.lax.scan(body, (state, params), length=steps)[0]
+
+    function = step if steps == 1 else several
+    jitted = jax.jit(function, donate_argnums=(0, 1), out_shardings=out_shardings)
     return jitted.lower(state, params, grads).compile()
 
 
-def jax_program(name: str, tree: Tree) -> Program:
-    """The named optimizer of `step_runs.OPTIMIZERS` as a compiled program."""
+def jax_program(name: str, tree: Tree, steps: int | None = None) -> Program:
+    """The named optimizer of `step_runs.OPTIMIZERS` as a compiled program.
+
+    Args:
+      name: the optimizer.
+      tree: what it works on.
+      steps: of a call; by default 1 on a CPU, and `STEPS` elsewhere.
+    """
+    if steps is None:
+        steps = 1 if jax.default_backend() == "cpu" else STEPS
     tx = make_optimizer(name, tree.channel_axes)
     # Copies, because two of them are donated.
     arrays = jax.tree.map(jnp.copy, (tx.init(tree.params), tree.params, tree.grads))
     began = time.perf_counter()
     compiled = compile_step(tx, *arrays)
     compile_seconds = time.perf_counter() - began
+    program = compiled if steps == 1 else compile_step(tx, *arrays, steps=steps)
 
     def step() -> None:
         nonlocal arrays
-        arrays = *compiled(*arrays), arrays[2]
+        arrays = *program(*arrays), arrays[2]
 
     def renew() -> None:
         nonlocal arrays
@@ -212,6 +237,7 @@ def jax_program(name: str, tree: Tree) -> Program:
         bytes_accessed=cost.get("bytes accessed"),
         temporary_bytes=memory.temp_size_in_bytes if memory else None,
         compile_seconds=compile_seconds,
+        steps=steps,
     )
 
 
@@ -242,18 +268,19 @@ def measure(
     timed = {"program": program, "adam": adam}
     if ours:
         timed["ours"] = ours
-    steps, seconds_of_round = {}, 0.0
+    calls, seconds_of_round = {}, 0.0
     for name, other in timed.items():
-        steps[name], seconds = _steps_of_a_timing(other)
+        calls[name], seconds = _calls_of_a_timing(other)
         seconds_of_round += seconds + pause
     rounds = min(rounds, max(MIN_ROUNDS, int(MAX_SECONDS / seconds_of_round)))
-    runs = {name: partial(_run, other, steps[name]) for name, other in timed.items()}
+    runs = {name: partial(_run, other, calls[name]) for name, other in timed.items()}
 
     def renew() -> None:
         for other in timed.values():
             other.renew()
 
     seconds_of_rounds = timing.interleave(runs, rounds, pause=pause, on_round=renew)
+    steps = {name: calls[name] * other.steps for name, other in timed.items()}
     times = {name: np.array(seconds_of_rounds[name]) / steps[name] for name in timed}
 
     seconds = timing.spread(times["program"])
@@ -261,6 +288,7 @@ def measure(
     return Figures(
         timings=rounds,
         steps_per_timing=steps["program"],
+        steps_per_call=program.steps,
         seconds=seconds,
         ratio_to_adam=timing.spread(times["program"] / times["adam"]),
         ratio_of_ours=timing.spread(times["ours"] / times["program"]) if ours else None,
@@ -286,21 +314,21 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _run(program: Program, steps: int) -> float:
-    """Runs so many steps to their end; returns the seconds that they took."""
+def _run(program: Program, calls: int) -> float:
+    """Makes so many calls, to their end; returns the seconds that they took."""
     began = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(calls):
         program.step()
     program.wait()
     return time.perf_counter() - began
 
 
-def _steps_of_a_timing(program: Program) -> tuple[int, float]:
-    """How many steps take `TIMING_SECONDS` or more, and what they take."""
-    steps = 1
+def _calls_of_a_timing(program: Program) -> tuple[int, float]:
+    """How many calls take `TIMING_SECONDS` or more, and what they take."""
+    calls = 1
     while True:
-        # Twice, because the first step may be slow, and any other by accident.
-        seconds = min(_run(program, steps) for _ in range(2))
+        # Twice, because the first call may be slow, and any other by accident.
+        seconds = min(_run(program, calls) for _ in range(2))
         if seconds >= TIMING_SECONDS:
-            return steps, seconds
-        steps *= 2
+            return calls, seconds
+        calls *= 2

@@ -71,7 +71,8 @@ NOTES = """\
 * accessed: by XLA's cost analysis, which counts what every kernel reads and writes, from memory or
   from a cache; of copy bandwidth: this per second, relative to a copy of 256 MiB just before. It
   exceeds 100 % where kernels find in a cache what others have read.
-* On a GPU a step of a small tree takes as long as its kernels take to launch.
+* steps of a call: of JAX's; PyTorch's are called one by one. On a GPU a call takes Python longer
+  than a step of these trees takes the device, so that with one step a call the call was timed.
 * `torch_adam`: `torch.optim.Adam` as it is; `torch_adam_srt`: AdamSRT as one writes it in plain
   PyTorch; the same shapes and number of threads, in the same rounds.
 """
@@ -86,6 +87,7 @@ def table(parts: Sequence[Section]) -> str:
     lines = ["# One optimizer step beside optax.adam", "", "![the same](table.png)", ""]
     for part in parts:
         every = list(part.rows.values())
+        ours = [m for m in every if m.setting.optimizer not in COUNTERPARTS] or every
         copies = [measurement.figures.copy_bandwidth / 1e9 for measurement in every]
         torch = distinct(
             m.setting.versions["torch"] for m in every if "torch" in m.setting.versions
@@ -96,6 +98,7 @@ def table(parts: Sequence[Section]) -> str:
             f"* versions: {part.versions}{torch and f', torch {torch}'}",
             f"* git revision: {distinct(m.git_revision or 'unknown' for m in every)}",
             f"* copy bandwidth: {_range(copies)} GB/s",
+            f"* steps of a call: {distinct(str(m.figures.steps_per_call) for m in ours)}",
             *(f"* command: `{command}`" for command in _commands(every)),
             "",
         ]

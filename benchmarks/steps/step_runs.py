@@ -42,6 +42,7 @@ class Figures(NamedTuple):
 
     timings: int
     steps_per_timing: int
+    steps_per_call: int  # of a compiled program
     seconds: Spread  # of a step
     ratio_to_adam: Spread  # of times in the same round
     ratio_of_ours: Spread | None  # the time of our counterpart to that of PyTorch's optimizer
@@ -87,6 +88,7 @@ def _parse(entry: dict[str, Any]) -> Measurement:
     setting = run_lines.checked(Setting(*(entry[name] for name in Setting._fields)))
     if setting.model not in MODELS or setting.optimizer not in (*OPTIMIZERS, *COUNTERPARTS):
         raise ValueError("no setting of the table")
+    entry.setdefault("steps_per_call", 1)  # the first lines have none
     figures = Figures(*(entry[name] for name in Figures._fields))
     run_lines.checked(figures)
     return run_lines.checked(Measurement(setting, entry["git_revision"], figures))

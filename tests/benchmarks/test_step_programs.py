@@ -12,6 +12,7 @@ import pytest
 
 import spherical_optax as so
 from common import timing
+from compiled import kernels
 from steps import step_programs
 from steps.step_programs import Program, measure
 from steps.step_runs import OPTIMIZERS
@@ -47,6 +48,34 @@ def test_a_compiled_step_is_the_optimizers_and_works_in_place(name):
     # Fused operations round otherwise, and Muon's iterations enlarge that.
     tolerance = 1e-3 if name == "muon" else 1e-5
     jax.tree.map(partial(np.testing.assert_allclose, rtol=tolerance, atol=1e-7), found, expected)
+
+
+@pytest.mark.parametrize("name", ["adam", "adam_srt", "muon_h"])
+def test_steps_of_one_call_are_those_of_several(name):
+    tree = make_tree()
+    one, three = (step_programs.jax_program(name, tree, steps) for steps in (1, 3))
+    for _ in range(3):
+        one.step()
+    three.step()
+    assert (one.steps, three.steps, three.bytes_accessed) == (1, 3, one.bytes_accessed)
+    tolerance = 1e-4 if name == "muon_h" else 1e-5  # its iterations enlarge rounding
+    same = partial(np.testing.assert_allclose, rtol=tolerance, atol=1e-7)
+    jax.tree.map(same, three.wait(), one.wait())
+
+
+def test_what_depends_on_the_gradients_alone_is_in_every_step_of_a_call():
+    tree = make_tree()
+
+    def init(params):
+        return optax.EmptyState()
+
+    def update(grads, state, params):
+        return jax.tree.map(jnp.sin, grads), state
+
+    tx = optax.GradientTransformation(init, update)
+    compiled = step_programs.compile_step(tx, init(None), tree.params, tree.grads, steps=3)
+    launched = kernels.launches(compiled.as_text())
+    assert {kernel.times for kernel in launched if kernel.kind == "fusion"} == {3}
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "adam_s", "adam_srt", "adam_g", "sgd_mrt"])
@@ -102,12 +131,21 @@ def clock(monkeypatch):
 COMMON = {"parameter_bytes": 100, "bandwidth": 1000.0}
 
 
+def test_a_call_of_several_steps_is_shared_out(clock):
+    program, adam = clock.program(0.03, steps=3), clock.program(0.02, steps=4)
+    found = measure(program, adam, 6, **COMMON)
+    assert (found.steps_per_timing, found.steps_per_call) == (6, 3)  # 2 calls are 60 ms
+    assert found.seconds == pytest.approx([0.01] * 3)
+    assert found.ratio_to_adam == pytest.approx([2.0] * 3)
+
+
 def test_figures_are_those_of_one_step(clock):
     program = clock.program(0.01, state_bytes=4, bytes_accessed=6.0, compile_seconds=2.5)
     adam = clock.program(0.004, state_bytes=8, bytes_accessed=12.0)
     found = measure(program, adam, 6, **COMMON)
     assert (found.timings, found.steps_per_timing) == (6, 8)  # 8 steps of 10 ms are 50 ms or more
     assert found.seconds == pytest.approx([0.01] * 3)
+    assert found.steps_per_call == 1
     assert found.ratio_to_adam == pytest.approx([2.5] * 3)
     assert (found.state_ratio, found.bytes_ratio, found.compile_seconds) == (0.5, 0.5, 2.5)
     assert found.bandwidth_share == pytest.approx(6 / 0.01 / 1000)

@@ -184,8 +184,8 @@ def test_values_stay_in_their_ranges():
     assert np.max(share) <= 1 and np.min(share) > 1 - 1e-6
     assert np.max(so.angle_per_step(x, 2 * x, channel_axes=-1)) < 1e-6
     tangent = so.project_to_tangent(x, x[::-1], channel_axes=-1)
-    # What is left is rounding, beside a tangent that may be far shorter than what was projected; the
-    # sums of a GPU are in another order.
+    # Rounding, beside a tangent that may be far shorter than what was projected; a GPU sums in
+    # another order.
     assert np.max(so.radial_fraction(x, tangent, channel_axes=-1)) < 1e-5
     assert np.max(so.deformation(x, tangent, -tangent, channel_axes=-1)) < 1e-6
     np.testing.assert_allclose(so.deformation(x, tangent, tangent, channel_axes=-1), np.pi)
