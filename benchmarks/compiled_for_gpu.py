@@ -1,4 +1,4 @@
-"""Compile steps for an H100 and an A100 without a GPU, and count what the programs do.
+"""Compile steps for an H100, an H200 and an A100 without a GPU, and count what the programs do.
 
 Kernels, passes over the parameters, bytes, temporaries and collectives are counted; times are
 predicted from them, and not measured. What is compiled already, of the commit that is checked out,

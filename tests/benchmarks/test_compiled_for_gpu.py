@@ -162,7 +162,7 @@ def test_help_and_refusals_start_no_jax():
         [sys.executable, "-c", program], cwd=COMMAND.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "runs/compiled_for_gpu)" in done.stdout and "of h100,a100" in done.stdout
+    assert "runs/compiled_for_gpu)" in done.stdout and "of h100,h200,a100" in done.stdout
     assert "examples:" in done.stdout
 
 

@@ -199,7 +199,7 @@ COMPILED_FOR_GPU = {
     "--models=resnet50": "unknown 'resnet50' (choose from resnet20, resnet18, vgg16",
     "--optimizers=adam+geometri": "; did you mean adam+geometry?",
     "--optimizers=adamsrt": "; did you mean adam_srt?",
-    "--gpus=h200": "unknown 'h200' (choose from h100, a100); did you mean h100?",
+    "--gpus=h20": "unknown 'h20' (choose from h100, h200, a100); did you mean h200?",
     "--gpus=a100,a100": "a100 is named twice",
     "--gpu=a100": "unrecognized arguments: --gpu=a100; did you mean --gpus?",
     "--output=": "argument --output: the path is empty",
