@@ -96,15 +96,15 @@ fi
 
 date >>"$output/stages.txt" || refuse "cannot write to $output"
 # Ended by Ctrl-C, pytest says what it has seen.
-signal=INT stage tests 200 "$python" -m pytest -q "${tests[@]}"
-stage optimizer_step 270 "$python" benchmarks/optimizer_step.py \
+signal=INT stage tests 170 "$python" -m pytest -q "${tests[@]}"
+stage optimizer_step 230 "$python" benchmarks/optimizer_step.py \
   "${steps[@]}" "${torch[@]}" --output "$output/optimizer_step"
-stage throughput_of_resnet18 290 "$python" benchmarks/training_throughput.py \
+stage throughput_of_resnet18 230 "$python" benchmarks/training_throughput.py \
   "${wide[@]}" "${torch[@]}" --output "$output/training_throughput"
-stage throughput_of_resnet20 290 "$python" benchmarks/training_throughput.py \
+stage throughput_of_resnet20 230 "$python" benchmarks/training_throughput.py \
   "${many[@]}" "${torch[@]}" --output "$output/training_throughput"
 if [ -n "$images" ]; then
-  stage table 380 "$python" benchmarks/reproduce_table.py --settings cifar10/resnet20 \
+  stage table 600 "$python" benchmarks/reproduce_table.py --settings cifar10/resnet20 \
     "${table[@]}" --dataset "folder:$images" --output "$output/table"
 else
   echo "table: left out, as no images were given" | tee -a "$output/stages.txt"

@@ -12,10 +12,11 @@ from steps.step_runs import Measurement
 
 
 def beside(programs: Sequence[Compiled], measurements: Sequence[Measurement]) -> str:
-    """A table for each device and model: times measured, and predicted for each GPU.
+    """A table for each device and model: times measured, and predicted.
 
     Args:
-      programs: the last line of a program counts.
+      programs: the last line of a program counts. Predictions are for the GPU that was measured, or
+        for each, where it is another.
       measurements: likewise.
     """
     newest: dict[
@@ -24,10 +25,11 @@ def beside(programs: Sequence[Compiled], measurements: Sequence[Measurement]) ->
     for part in compiled_report.sections(programs):
         newest.setdefault(part.gpu, {}).update(part.rows)
     lines = ["# Steps of optimizers, predicted and measured", ""]
-    head = ["measured, ms", "to adam", "accessed, of copy bandwidth"]
-    for gpu in newest:
-        head += [f"predicted for {targets.GPUS[gpu].name}, ms", "to adam"]
     for part in step_report.sections(measurements):
+        same = [gpu for gpu in newest if f"({targets.GPUS[gpu].name})" in part.device]
+        head = ["measured, ms", "to adam", "accessed, of copy bandwidth"]
+        for gpu in same or newest:
+            head += [f"predicted for {targets.GPUS[gpu].name}, ms", "to adam"]
         lines += [f"## Measured on {part.device}", ""]
         for model, rows in part.models().items():
             lines += [f"### {model}", "", f"| optimizer | {' | '.join(head)} |"]
@@ -40,8 +42,8 @@ def beside(programs: Sequence[Compiled], measurements: Sequence[Measurement]) ->
                     f"{figures.ratio_to_adam.median:.2f}",
                     "–" if share is None else f"{100 * share:.0f} %",
                 ]
-                for of_gpu in newest.values():
-                    cells += _predicted(of_gpu, model, name)
+                for gpu in same or newest:
+                    cells += _predicted(newest[gpu], model, name)
                 lines.append(f"| {name} | {' | '.join(cells)} |")
             lines.append("")
     return "\n".join(lines)

@@ -99,6 +99,15 @@ def test_predictions_stand_beside_measurements(faked, tmp_path, capsys):
     assert float(rows["adam_g"][0]) > float(rows["adam"][0])  # as measured, in ms
 
 
+def test_predictions_are_for_the_gpu_that_was_measured(faked, tmp_path):
+    assert run(tmp_path, "--models=resnet18", "--optimizers=adam", "--gpus=h100,h200") == 0
+    measured = tmp_path / "measured"
+    shutil.copytree(COMMAND.parent / "results" / "optimizer_step_gpu", measured)
+    assert run(tmp_path, "--beside", str(measured)) == 0
+    text = (measured / "predicted.md").read_text()
+    assert "predicted for NVIDIA H200, ms" in text and "H100" not in text
+
+
 def test_a_failure_is_told_and_the_others_are_compiled(faked, tmp_path, capsys, monkeypatch):
     def fail(setting):
         if setting.optimizer == "muon":
