@@ -12,7 +12,7 @@ import pytest
 import plot_geometry
 import tables
 from architectures import atlas_lines, atlas_report
-from compiled import compiled_lines, compiled_report
+from compiled import beside, compiled_lines, compiled_report
 from images import recipes
 from steps import step_report, step_runs
 from table import paper_figures, table_report, table_runs
@@ -57,12 +57,34 @@ def test_the_table_is_the_papers_and_that_of_the_raw_results():
     assert rows[list(recipes.OF_THE_PAPER).index("adamg")][0] == "`adamg` ¹"
 
 
-@pytest.mark.parametrize("name", ["cifar10_jpeg", "cifar10_jpeg_20"])
+@pytest.mark.parametrize("name", ["cifar10_jpeg", "cifar10_jpeg_20", "cifar10_jpeg_20_cpu"])
 def test_the_committed_tables_are_made_from_the_committed_runs(name):
     directory = RESULTS / name
     runs, broken = table_runs.load(directory / "runs.jsonl")
     assert runs and not broken
     assert (directory / "table.md").read_text(encoding="utf-8") == table_report.table(runs)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/measurements.md"])
+def test_the_differences_are_those_of_the_raw_results(page):
+    table = (RESULTS / "cifar10_jpeg_20" / "table.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+ − \w+) \| (.+?) \| 2 \| (.+?) \|$", table, re.M)
+    assert [pair for pair, _, _ in rows] == ["adamsrt − adam", "adams − adam", "sgdmrt − sgd"]
+    for _, ours, paper in rows:
+        assert ours in unwrapped(page) and paper in unwrapped(page)
+
+
+def test_the_curves_are_of_the_runs_in_the_table():
+    """The picture's directories hold what the table's lines do."""
+    runs, _ = table_runs.load(RESULTS / "cifar10_jpeg_20" / "runs.jsonl")
+    found = {}
+    for summary in (RESULTS / "cifar10_jpeg_20" / "cells").glob("*/*/*/*/summary.json"):
+        trained = json.loads(summary.read_text())
+        asked = trained["arguments"]
+        assert len((summary.parent / "metrics.jsonl").read_text().splitlines()) == 20
+        key = ("cifar10/resnet20", asked["optimizer"], asked["seed"])
+        found[key] = trained["test_accuracy"]
+    assert found == {key: run.test_accuracy for key, run in runs.items()} and len(found) == 12
 
 
 def test_the_times_are_those_of_the_raw_results():
@@ -108,8 +130,54 @@ def test_the_images_per_second_are_those_of_the_raw_results():
     assert said and list(said.groups()) == ours + torch
 
 
+def of_the_gpu():
+    """What `training_throughput.py` measured on the GPU, by kind, model, program and seeds."""
+    lines, _ = throughput_report.load(RESULTS / "training_throughput_gpu" / "runs.jsonl")
+    names = ("kind", "model", "program", "seeds")
+    return {tuple(line[name] for name in names): line for line in lines.values()}
+
+
+def test_what_a_gpu_did_is_in_the_raw_results():
+    lines, notes = of_the_gpu(), " ".join((ROOT / "benchmarks" / "NOTES.md").read_text().split())
+    names = ("adam", "adamsrt", "torch_eager", "torch_compiled")
+    steps = [lines["steps", "resnet18", name, 1] for name in names]
+    rates = [f"{line['images_per_second']['median']:,.0f}" for line in steps]
+    said = (
+        "with {} images/s with `adam` and {} with `adam_srt`, where PyTorch reaches {} eagerly and "
+    )
+    assert (said + "{} compiled").format(*rates) in MEASUREMENTS
+    srt, compiled = (steps[i]["ratio_to_adam"]["median"] for i in (1, 3))
+    readme = unwrapped("README.md")
+    assert f"takes {srt:.3f} times as long with `adam_srt`" in readme
+    assert f"and {compiled:.2f} times as long in [compiled" in readme
+    assert f"| {100 * steps[0]['peak_share']:.0f} %; {compiled:.2f} |" in notes
+    minutes = lines["epoch", "resnet18", "adam", 1]["projected_minutes"]
+    assert (
+        f"would take {minutes:.1f} minutes" in MEASUREMENTS and f"| {minutes:.1f} minutes" in notes
+    )
+    one, four = (lines["epoch", "resnet20", "adam", n]["epoch_seconds"]["median"] for n in (1, 4))
+    assert (
+        f"take {four / one:.2f} times as long" in MEASUREMENTS and f"| {four / one:.2f} |" in notes
+    )
+    assert f"[{one:.2f} s]" in MEASUREMENTS
+
+    measurements, _ = step_runs.load(RESULTS / "optimizer_step_gpu" / "runs.jsonl")
+    rows = {m.setting[:2]: m.figures for m in measurements}
+    srt = [rows[model, "adam_srt"] for model in ("resnet18", "transformer")]
+    times = [f"{figures.ratio_to_adam.median:.2f}" for figures in srt]
+    moved = [f"{figures.bytes_ratio:.2f}" for figures in srt]
+    said = "`adam_srt` {} (ResNet-18) and {} (transformer) of `optax.adam`, with {} and {} of its "
+    assert f"{said}bytes".format(*times, *moved) in MEASUREMENTS
+    plain = [
+        f"{rows[model, 'torch_adam_srt'].ratio_of_ours.median:.3f}"
+        for model in ("resnet18", "transformer")
+    ]
+    assert "GPU: ResNet-18 {}, transformer {}".format(*plain) in notes
+
+
 def test_the_committed_speed_tables_are_made_from_the_committed_runs(tmp_path):
-    programs = {f"{name}_cpu": name for name in SPEED} | {"geometry_cpu": "training_throughput"}
+    programs = {f"{name}_{device}": name for name in SPEED for device in ("cpu", "gpu")}
+    programs["geometry_cpu"] = "training_throughput"
     programs["compiled_for_gpu"] = "compiled_for_gpu"
     for name, program in programs.items():
         directory, copy = RESULTS / name, tmp_path / name
@@ -117,6 +185,31 @@ def test_the_committed_speed_tables_are_made_from_the_committed_runs(tmp_path):
         (copy / "runs.jsonl").write_bytes((directory / "runs.jsonl").read_bytes())
         assert importlib.import_module(program).main(["--report", "--output", str(copy)]) == 0
         assert (copy / "table.md").read_bytes() == (directory / "table.md").read_bytes()
+
+
+def test_what_is_compiled_without_a_gpu_is_what_one_runs():
+    programs, _ = compiled_lines.load(RESULTS / "compiled_for_gpu" / "runs.jsonl")
+    steps = {
+        (of.setting.model, of.setting.optimizer): of.figures
+        for of in programs
+        if (of.setting.gpu, of.setting.kind) == ("h200", "step")
+    }
+    measurements, _ = step_runs.load(RESULTS / "optimizer_step_gpu" / "runs.jsonl")
+    ratios, same = [], 0
+    for of in measurements:
+        if of.figures.bytes_accessed:
+            program = steps[of.setting.model, of.setting.optimizer]
+            ratios.append(of.figures.bytes_accessed / program.nbytes)
+            same += of.figures.temporary_bytes == program.temporary_bytes
+    assert (len(ratios), same) == (10, 9)
+    np.testing.assert_allclose(ratios, 1, atol=4e-5)
+
+
+def test_the_predictions_are_made_from_the_committed_programs():
+    programs, _ = compiled_lines.load(RESULTS / "compiled_for_gpu" / "runs.jsonl")
+    measurements, _ = step_runs.load(RESULTS / "optimizer_step_gpu" / "runs.jsonl")
+    text = (RESULTS / "optimizer_step_gpu" / "predicted.md").read_text(encoding="utf-8")
+    assert text == beside.beside(programs, measurements)
 
 
 def test_the_kernels_are_those_of_the_compiled_programs():
@@ -176,13 +269,6 @@ def test_what_the_readme_claims_is_in_the_raw_results():
     assert f"takes {figures.ratio_to_adam.median:.2f} of the time of `optax.adam`" in claims
     assert f"{figures.bytes_ratio:.2f}" == "1.00" and "moves as many bytes" in claims
     assert f"keeps {figures.state_ratio:.2f} of its state" in claims
-    lines, _ = throughput_report.load(RESULTS / "training_throughput_cpu" / "runs.jsonl")
-    ratios = {
-        f"{line['ratio_to_adam']['median']:.2f}"
-        for line in lines.values()
-        if (line["kind"], line["program"], line.get("batch_size")) == ("steps", "adamsrt", 128)
-    }
-    assert len(ratios) == 1 and f"ResNet-20 takes {ratios.pop()}" in claims
     table = rows_of(
         "\n".join(
             atlas_report.table(
@@ -208,10 +294,7 @@ def test_what_is_said_of_compiled_steps_is_in_the_raw_results():
         name: (str(row.figures.kernels), f"{compiled_report.passes(row):.1f}")
         for name, row in rows.items()
     }
-    (kernels, passes), (of_adam, passes_of_adam) = said["adam_srt"], said["adam"]
-    claim = f"launches {kernels} kernels that pass over them {passes} times, and `optax.adam`'s "
-    assert f"{claim}{of_adam} and {passes_of_adam} (" in unwrapped("README.md")
-    assert f"ResNet-18 has {kernels} kernels instead of" in unwrapped("CHANGELOG.md")
+    assert f"ResNet-18 has {said['adam_srt'][0]} kernels instead of" in unwrapped("CHANGELOG.md")
     notes = rows_of((ROOT / "benchmarks" / "NOTES.md").read_text())
     now = {row[0]: row[-2].strip("*") for row in notes if row[0].startswith("`") and len(row) == 5}
     assert len(now) == 6
