@@ -81,7 +81,7 @@ if [ -n "$tiny" ]; then
   tests=(spherical_optax tests/library/test_platforms.py)
   steps=(--models resnet20 --optimizers "adam,adam_srt" --rounds 3)
   wide=(--models resnet20 --batch_sizes 8 --rounds 2)
-  many=(--models resnet20 --batch_sizes 8 --seeds "1,2" --rounds 2)
+  narrow=(--models resnet20 --batch_sizes 16 --rounds 2)
   table=(--seeds 1 --epochs 1 --optimizers sgd)
 else
   # Those of one device; what a CPU's programs move, and meshes of eight devices, are held elsewhere.
@@ -90,19 +90,19 @@ else
   steps=(--models "resnet18,transformer" --rounds 10)
   steps+=(--optimizers "adam,adam_s,adam_srt,adam_g,sgd_mrt,adam_h,rotational")
   wide=(--models resnet18 --precisions bfloat16 --batch_sizes 512 --seeds 1 --epoch)
-  many=(--models resnet20 --precisions float32 --batch_sizes 128 --seeds "1,4" --epoch)
+  narrow=(--models resnet20 --precisions float32 --batch_sizes 128 --seeds 1 --epoch)
   table=(--seeds 3 --epochs 20 --optimizers "adam,adamsrt,adams,sgd,sgdmrt")
 fi
 
 date >>"$output/stages.txt" || refuse "cannot write to $output"
 # Ended by Ctrl-C, pytest says what it has seen.
 signal=INT stage tests 170 "$python" -m pytest -q "${tests[@]}"
-stage optimizer_step 230 "$python" benchmarks/optimizer_step.py \
+stage optimizer_step 270 "$python" benchmarks/optimizer_step.py \
   "${steps[@]}" "${torch[@]}" --output "$output/optimizer_step"
 stage throughput_of_resnet18 230 "$python" benchmarks/training_throughput.py \
   "${wide[@]}" "${torch[@]}" --output "$output/training_throughput"
-stage throughput_of_resnet20 230 "$python" benchmarks/training_throughput.py \
-  "${many[@]}" "${torch[@]}" --output "$output/training_throughput"
+stage throughput_of_resnet20 150 "$python" benchmarks/training_throughput.py \
+  "${narrow[@]}" "${torch[@]}" --output "$output/training_throughput"
 if [ -n "$images" ]; then
   stage table 600 "$python" benchmarks/reproduce_table.py --settings cifar10/resnet20 \
     "${table[@]}" --dataset "folder:$images" --output "$output/table"

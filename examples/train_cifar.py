@@ -133,7 +133,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
             f"{steps} steps an epoch, on {several}{devices[0].device_kind}."
         )
         if len(groups) > 1:
-            say("One seed after another: that is faster here than several at once.")
+            say("One seed after another.")
         return 0 if runs.train(job, groups) else 1
 
 
@@ -191,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
         help="at the start (default: the recipe's)",
     )
     add("--weight_decay", type=options.rate, metavar="X", help="default: the recipe's")
-    options.add_seeds(parser, "validation split, initial weights, order and augmentation")
+    options.add_seeds(
+        parser, "validation split, initial weights, order and augmentation", "one after another"
+    )
     add(
         "--precision",
         **choice(recipes.PRECISIONS),

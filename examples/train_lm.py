@@ -122,7 +122,7 @@ def _train(args: argparse.Namespace, signals: StopSignals) -> int:
         )
         _say_what(args, arguments, content, mesh, make_model)
         if len(groups) > 1:
-            say("One seed after another: that is faster here than several at once.")
+            say("One seed after another.")
         return 0 if runs.train(job, groups) else 1
 
 
@@ -334,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="compile the blocks one by one and not as a loop (default: on a CPU)",
     )
-    options.add_seeds(parser, "initial weights and windows")
+    options.add_seeds(parser, "initial weights and windows", "at once (on a CPU one after another)")
     add(
         "--mesh",
         type=_mesh,

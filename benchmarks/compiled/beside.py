@@ -14,9 +14,10 @@ from steps.step_runs import Measurement
 def beside(programs: Sequence[Compiled], measurements: Sequence[Measurement]) -> str:
     """A table for each device and model: times measured, and predicted.
 
+    Predicted for the GPU that was measured, if programs were compiled for it, and else for all.
+
     Args:
-      programs: the last line of a program counts. Predictions are for the GPU that was measured, or
-        for each, where it is another.
+      programs: the last line of a program counts.
       measurements: likewise.
     """
     newest: dict[

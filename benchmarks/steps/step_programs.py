@@ -26,7 +26,7 @@ from steps.step_runs import Figures
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 5e-4  # coupled L2, except for adamw and muon, which keep their own
-STEPS = 20  # of a call on a GPU, where a call takes Python longer than a step takes the device
+STEPS = 20  # of a call on a GPU, where a call can take Python longer than a step takes the device
 TIMING_SECONDS = 0.05  # a timing repeats the step until it takes at least this
 MAX_SECONDS = 20.0  # of all timings of an optimizer,
 MIN_ROUNDS = 3  # but fewer have no quartiles
@@ -202,16 +202,14 @@ def compile_step(
     return jitted.lower(state, params, grads).compile()
 
 
-def jax_program(name: str, tree: Tree, steps: int | None = None) -> Program:
-    """The named optimizer of `step_runs.OPTIMIZERS` as a compiled program.
+def steps_per_call() -> int:
+    """How many steps of JAX's optimizers a call makes on this device."""
+    return 1 if jax.default_backend() == "cpu" else STEPS
 
-    Args:
-      name: the optimizer.
-      tree: what it works on.
-      steps: of a call; by default 1 on a CPU, and `STEPS` elsewhere.
-    """
-    if steps is None:
-        steps = 1 if jax.default_backend() == "cpu" else STEPS
+
+def jax_program(name: str, tree: Tree) -> Program:
+    """The named optimizer of `step_runs.OPTIMIZERS` as a compiled program."""
+    steps = steps_per_call()
     tx = make_optimizer(name, tree.channel_axes)
     # Copies, because two of them are donated.
     arrays = jax.tree.map(jnp.copy, (tx.init(tree.params), tree.params, tree.grads))
@@ -288,7 +286,6 @@ def measure(
     return Figures(
         timings=rounds,
         steps_per_timing=steps["program"],
-        steps_per_call=program.steps,
         seconds=seconds,
         ratio_to_adam=timing.spread(times["program"] / times["adam"]),
         ratio_of_ours=timing.spread(times["ours"] / times["program"]) if ours else None,

@@ -71,8 +71,8 @@ NOTES = """\
 * accessed: by XLA's cost analysis, which counts what every kernel reads and writes, from memory or
   from a cache; of copy bandwidth: this per second, relative to a copy of 256 MiB just before. It
   exceeds 100 % where kernels find in a cache what others have read.
-* steps of a call: of JAX's; PyTorch's are called one by one. On a GPU a call takes Python longer
-  than a step of these trees takes the device, so that with one step a call the call was timed.
+* steps of a call: of JAX's; PyTorch's are called one by one. On a GPU a call can take Python longer
+  than its step takes the device, and what is timed with one step a call may be the call.
 * `torch_adam`: `torch.optim.Adam` as it is; `torch_adam_srt`: AdamSRT as one writes it in plain
   PyTorch; the same shapes and number of threads, in the same rounds.
 """
@@ -98,7 +98,7 @@ def table(parts: Sequence[Section]) -> str:
             f"* versions: {part.versions}{torch and f', torch {torch}'}",
             f"* git revision: {distinct(m.git_revision or 'unknown' for m in every)}",
             f"* copy bandwidth: {_range(copies)} GB/s",
-            f"* steps of a call: {distinct(str(m.figures.steps_per_call) for m in ours)}",
+            f"* steps of a call: {distinct(str(m.setting.steps_per_call) for m in ours)}",
             *(f"* command: `{command}`" for command in _commands(every)),
             "",
         ]

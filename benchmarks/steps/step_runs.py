@@ -35,6 +35,7 @@ class Setting(NamedTuple):
     rounds: int  # asked for
     device: str
     versions: dict[str, str | None]
+    steps_per_call: int  # of a compiled program; 1 of PyTorch's
 
 
 class Figures(NamedTuple):
@@ -42,7 +43,6 @@ class Figures(NamedTuple):
 
     timings: int
     steps_per_timing: int
-    steps_per_call: int  # of a compiled program
     seconds: Spread  # of a step
     ratio_to_adam: Spread  # of times in the same round
     ratio_of_ours: Spread | None  # the time of our counterpart to that of PyTorch's optimizer
@@ -85,10 +85,10 @@ def load(path: Path) -> tuple[list[Measurement], list[int]]:
 def _parse(entry: dict[str, Any]) -> Measurement:
     for name in SPREADS:
         entry[name] = entry[name] and Spread(**entry[name])
+    entry.setdefault("steps_per_call", 1)  # the first lines have none
     setting = run_lines.checked(Setting(*(entry[name] for name in Setting._fields)))
     if setting.model not in MODELS or setting.optimizer not in (*OPTIMIZERS, *COUNTERPARTS):
         raise ValueError("no setting of the table")
-    entry.setdefault("steps_per_call", 1)  # the first lines have none
     figures = Figures(*(entry[name] for name in Figures._fields))
     run_lines.checked(figures)
     return run_lines.checked(Measurement(setting, entry["git_revision"], figures))

@@ -9,8 +9,8 @@ from training.command import a_path, number, positive
 MAX_SEEDS = 10_000
 
 
-def add_seeds(parser: Any, of: str) -> None:
-    """Add --seed and --seeds; `of` says what a seed decides."""
+def add_seeds(parser: Any, of: str, order: str) -> None:
+    """Add --seed and --seeds; `of` says what a seed decides, `order` in which they are trained."""
     parser.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help=f"of {of} (default: %(default)s)"
     )
@@ -19,8 +19,8 @@ def add_seeds(parser: Any, of: str) -> None:
         type=seed_count,
         default=1,
         metavar="K",
-        help="train K networks, with the seeds from --seed on; each has its files in DIR/seed-N "
-        "(default: %(default)s)",
+        help=f"train K networks, with the seeds from --seed on, {order}; each has its files in "
+        "DIR/seed-N (default: %(default)s)",
     )
 
 

@@ -112,6 +112,18 @@ def test_other_rounds_or_versions_are_measured_again(faked, tmp_path, monkeypatc
     assert len(read(tmp_path)) == 3
 
 
+def test_with_other_steps_of_a_call_it_is_measured_again(faked, tmp_path, monkeypatch):
+    options = ["--models=resnet20", "--optimizers=sgd"]
+    assert run(tmp_path, *options) == 0
+    lines = (tmp_path / "runs.jsonl").read_text()
+    (tmp_path / "runs.jsonl").write_text(lines.replace('"steps_per_call": 1, ', ""))  # an old line
+    assert run(tmp_path, *options) == 0
+    assert len(read(tmp_path)) == 1
+    monkeypatch.setattr(step_programs, "steps_per_call", lambda: 20)
+    assert run(tmp_path, *options) == 0
+    assert [line.get("steps_per_call") for line in read(tmp_path)] == [None, 20]
+
+
 def test_a_failure_is_told_and_the_others_are_measured(faked, tmp_path, capsys, monkeypatch):
     def fail(name, tree):
         if name == "muon":

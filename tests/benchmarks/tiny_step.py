@@ -24,7 +24,6 @@ def make_tree(model="resnet20"):
 FIGURES = Figures(
     timings=20,
     steps_per_timing=4,
-    steps_per_call=1,
     seconds=Spread(0.0099, 0.0101, 0.012),
     ratio_to_adam=Spread(1.21, 1.234, 1.25),
     ratio_of_ours=None,
@@ -43,5 +42,5 @@ VERSIONS = {"python": "3.11.7", "jax": "0.10.2"}
 
 def make_measurement(model, optimizer, *, rounds=20, device="cpu (2 cores)", torch=None, **figures):
     versions = VERSIONS | ({"torch": torch} if torch else {})
-    setting = Setting(model, optimizer, rounds, device, versions)
+    setting = Setting(model, optimizer, rounds, device, versions, 1)
     return Measurement(setting, "abc", FIGURES._replace(**figures))

@@ -21,6 +21,7 @@ from throughput import throughput_report
 
 README = TEXTS["README.md"]
 MEASUREMENTS = unwrapped("docs/measurements.md")
+NOTES = " ".join((ROOT / "benchmarks" / "NOTES.md").read_text(encoding="utf-8").split())
 SPEED = ("optimizer_step", "training_throughput")
 
 
@@ -65,26 +66,55 @@ def test_the_committed_tables_are_made_from_the_committed_runs(name):
     assert (directory / "table.md").read_text(encoding="utf-8") == table_report.table(runs)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/measurements.md"])
-def test_the_differences_are_those_of_the_raw_results(page):
+def test_the_differences_are_those_of_the_raw_results():
     table = (RESULTS / "cifar10_jpeg_20" / "table.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w+ − \w+) \| (.+?) \| 2 \| (.+?) \|$", table, re.M)
-    assert [pair for pair, _, _ in rows] == ["adamsrt − adam", "adams − adam", "sgdmrt − sgd"]
-    for _, ours, paper in rows:
-        assert ours in unwrapped(page) and paper in unwrapped(page)
+    (srt, s, mrt) = (figures for _, *figures in rows)
+    assert [pair for pair, *_ in rows] == ["adamsrt − adam", "adams − adam", "sgdmrt − sgd"]
+    assert (
+        "AdamSRT − Adam {} ({}), AdamS − Adam {} ({}), SGD-MRT − SGD {} ({}).".format(
+            *srt, *s, *mrt
+        )
+    ) in unwrapped("README.md")
+    said = (
+        "AdamSRT − Adam is {0} points and AdamS − Adam {2}, where the paper has {1} and {3} after"
+    )
+    assert said.format(*srt, *s) in MEASUREMENTS
+    runs = {
+        name: {
+            key[1:]: 100 * run.test_accuracy
+            for key, run in table_runs.load(RESULTS / name / "runs.jsonl")[0].items()
+        }
+        for name in ("cifar10_jpeg_20", "cifar10_jpeg_20_cpu")
+    }
+    here, cpu = runs.values()
+    each = [here["sgdmrt", seed] - here["sgd", seed] for seed in (0, 1)]
+    said = "SGD-MRT − SGD is {} (in the paper {}), of +{:.2f} and +{:.2f};"
+    assert said.format(*mrt, *each) in MEASUREMENTS
+    higher, lower = cpu["adam", 0] - here["adam", 0], here["sgd", 0] - cpu["sgd", 0]
+    said = f"Adam's seed 0 ended {higher:.2f} points higher, and SGD's {lower:.2f} lower"
+    assert said in MEASUREMENTS
 
 
 def test_the_curves_are_of_the_runs_in_the_table():
     """The picture's directories hold what the table's lines do."""
-    runs, _ = table_runs.load(RESULTS / "cifar10_jpeg_20" / "runs.jsonl")
     found = {}
     for summary in (RESULTS / "cifar10_jpeg_20" / "cells").glob("*/*/*/*/summary.json"):
         trained = json.loads(summary.read_text())
         asked = trained["arguments"]
-        assert len((summary.parent / "metrics.jsonl").read_text().splitlines()) == 20
-        key = ("cifar10/resnet20", asked["optimizer"], asked["seed"])
-        found[key] = trained["test_accuracy"]
-    assert found == {key: run.test_accuracy for key, run in runs.items()} and len(found) == 12
+        lines = (summary.parent / "metrics.jsonl").read_text().splitlines()
+        found[asked["optimizer"], asked["seed"]] = {
+            "setting": "cifar10/resnet20",
+            **trained,
+            "curve": [json.loads(line) for line in lines],
+        }
+    lines = (RESULTS / "cifar10_jpeg_20" / "runs.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    asked = [run["arguments"] for run in runs]
+    assert found == {
+        (of["optimizer"], of["seed"]): run for of, run in zip(asked, runs, strict=True)
+    }
+    assert len(found) == 12 and {len(run["curve"]) for run in runs} == {20}
 
 
 def test_the_times_are_those_of_the_raw_results():
@@ -134,45 +164,58 @@ def of_the_gpu():
     """What `training_throughput.py` measured on the GPU, by kind, model, program and seeds."""
     lines, _ = throughput_report.load(RESULTS / "training_throughput_gpu" / "runs.jsonl")
     names = ("kind", "model", "program", "seeds")
-    return {tuple(line[name] for name in names): line for line in lines.values()}
+    found = {tuple(line[name] for name in names): line for line in lines.values()}
+    assert len(found) == len(lines)  # each model in one precision and batch size
+    return found
 
 
-def test_what_a_gpu_did_is_in_the_raw_results():
-    lines, notes = of_the_gpu(), " ".join((ROOT / "benchmarks" / "NOTES.md").read_text().split())
+def test_what_is_said_of_trainings_on_a_gpu_is_in_the_raw_results():
+    lines, readme = of_the_gpu(), unwrapped("README.md")
     names = ("adam", "adamsrt", "torch_eager", "torch_compiled")
     steps = [lines["steps", "resnet18", name, 1] for name in names]
     rates = [f"{line['images_per_second']['median']:,.0f}" for line in steps]
     said = (
-        "with {} images/s with `adam` and {} with `adam_srt`, where PyTorch reaches {} eagerly and "
+        "with {} images/s with `adam` and {} with `adam_srt`, where PyTorch with Adam reaches {} "
     )
-    assert (said + "{} compiled").format(*rates) in MEASUREMENTS
-    srt, compiled = (steps[i]["ratio_to_adam"]["median"] for i in (1, 3))
-    readme = unwrapped("README.md")
-    assert f"takes {srt:.3f} times as long with `adam_srt`" in readme
-    assert f"and {compiled:.2f} times as long in [compiled" in readme
-    assert f"| {100 * steps[0]['peak_share']:.0f} %; {compiled:.2f} |" in notes
+    assert f"{said}eagerly and {{}} compiled".format(*rates) in MEASUREMENTS
+    srt, compiled = (steps[i]["ratio_to_adam"] for i in (1, 3))
+    assert f"takes {srt['median']:.3f} times as long with `adam_srt`" in readme
+    assert f"which takes {compiled['q1']:.1f} to {compiled['q3']:.1f} times as long in" in readme
+    assert f"| {100 * steps[0]['peak_share']:.0f} %; {compiled['median']:.2f} |" in NOTES
     minutes = lines["epoch", "resnet18", "adam", 1]["projected_minutes"]
-    assert (
-        f"would take {minutes:.1f} minutes" in MEASUREMENTS and f"| {minutes:.1f} minutes" in notes
-    )
+    assert f"would take {minutes:.1f} minutes" in MEASUREMENTS
+    assert f"| {minutes:.1f} minutes, projected" in NOTES
     one, four = (lines["epoch", "resnet20", "adam", n]["epoch_seconds"]["median"] for n in (1, 4))
-    assert (
-        f"take {four / one:.2f} times as long" in MEASUREMENTS and f"| {four / one:.2f} |" in notes
-    )
     assert f"[{one:.2f} s]" in MEASUREMENTS
+    assert f"take {four / one:.2f} times as long" in MEASUREMENTS
+    assert f"| at once {four / one:.2f}; in turn" in NOTES
 
+
+def test_what_is_said_of_steps_on_a_gpu_is_in_the_raw_results():
     measurements, _ = step_runs.load(RESULTS / "optimizer_step_gpu" / "runs.jsonl")
     rows = {m.setting[:2]: m.figures for m in measurements}
-    srt = [rows[model, "adam_srt"] for model in ("resnet18", "transformer")]
+    models = ("resnet18", "transformer")
+    srt = [rows[model, "adam_srt"] for model in models]
     times = [f"{figures.ratio_to_adam.median:.2f}" for figures in srt]
+    said = (
+        "the ratio of `adam_srt`, {} (ResNet-18) and {} (transformer) of `optax.adam`, says little"
+    )
+    assert said.format(*times) in MEASUREMENTS
     moved = [f"{figures.bytes_ratio:.2f}" for figures in srt]
-    said = "`adam_srt` {} (ResNet-18) and {} (transformer) of `optax.adam`, with {} and {} of its "
-    assert f"{said}bytes".format(*times, *moved) in MEASUREMENTS
-    plain = [
-        f"{rows[model, 'torch_adam_srt'].ratio_of_ours.median:.3f}"
-        for model in ("resnet18", "transformer")
+    assert "its bytes are {} and {} of Adam's".format(*moved) in MEASUREMENTS
+    of_adam = [
+        [1e3 * f.seconds.median / f.ratio_to_adam.median for (of, _), f in rows.items() if of == m]
+        for m in models
     ]
-    assert "GPU: ResNet-18 {}, transformer {}".format(*plain) in notes
+    ranges = [f"{min(found):.1f} to {max(found):.1f}" for found in of_adam]
+    said = (
+        "`optax.adam` beside the rows took from {} ms on ResNet-18 and from {} on the transformer"
+    )
+    assert said.format(*ranges) in MEASUREMENTS
+    plain = [f"{rows[model, 'torch_adam_srt'].ratio_of_ours.median:.3f}" for model in models]
+    assert "GPU: ResNet-18 {}, transformer {}".format(*plain) in NOTES
+    fused = [f"{rows[model, 'torch_adam_fused'].ratio_to_adam.median:.2f}" for model in models]
+    assert "PyTorch's fused Adam {} and {} of `optax.adam`".format(*fused) in MEASUREMENTS
 
 
 def test_the_committed_speed_tables_are_made_from_the_committed_runs(tmp_path):
@@ -193,6 +236,7 @@ def test_what_is_compiled_without_a_gpu_is_what_one_runs():
         (of.setting.model, of.setting.optimizer): of.figures
         for of in programs
         if (of.setting.gpu, of.setting.kind) == ("h200", "step")
+        and of.git_revision == "cbb6f0b63399bbe72934fa6c70e4162c7253e919"
     }
     measurements, _ = step_runs.load(RESULTS / "optimizer_step_gpu" / "runs.jsonl")
     ratios, same = [], 0
