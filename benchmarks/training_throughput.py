@@ -262,12 +262,14 @@ def _parser() -> argparse.ArgumentParser:
         ("batch_sizes", positive, ", images of a step and seed"),
         ("seeds", positive, ", how many are trained at once"),
     ):
-        everywhere, on_cpu = (",".join(map(str, names)) for names in AXES[what])
+        default, on_cpu = (",".join(map(str, names)) for names in AXES[what])
+        if on_cpu != default:
+            default += f"; on a CPU {on_cpu}"
         add(
             f"--{what}",
             type=partial(several, kind),
             metavar="A,B,...",
-            help=f"default: {everywhere}; on a CPU {on_cpu}{meaning}",
+            help=f"default: {default}{meaning}",
         )
     add(
         "--optimizers",
